@@ -1,0 +1,87 @@
+"""Influence from signals: shift over noise, with standard errors, for samples, groups and any subset.
+
+Order of use: `SampleTotals` and a `Noise` of one query, then an `InfluenceTable`, whose frames carry the sign
+convention (`frame.finfluence.meta`). No torch.
+"""
+
+from finfluence.influence.agreement import Agreement, Ceiling, agreement, ceiling, coverage
+from finfluence.influence.detection import Detection, detection
+from finfluence.influence.grid import Panel, Positions, ShuffledEpochs
+from finfluence.influence.metadata import attach, metadata
+from finfluence.influence.noise import (
+    Noise,
+    poisson_noise,
+    shuffled_noise,
+    spread,
+    successive_noise,
+    with_replacement_noise,
+)
+from finfluence.influence.pooling import pool, pool_estimates
+from finfluence.influence.self_influence import self_influence
+from finfluence.influence.shift import (
+    Budget,
+    Estimates,
+    Removal,
+    Replacement,
+    sample_estimates,
+    subset_estimates,
+)
+from finfluence.influence.subsets import PackedSubsets, SampleIndex, Subsets
+from finfluence.influence.table import (
+    Alternative,
+    Correction,
+    Estimator,
+    InfluenceTable,
+    Reporting,
+    q_values,
+    report,
+)
+from finfluence.influence.totals import Centre, SampleTotals
+from finfluence.influence.two_stage import Rule, TwoStage, observations, two_stage, two_stage_subsets
+
+__all__ = [
+    "Agreement",
+    "Alternative",
+    "Budget",
+    "Ceiling",
+    "Centre",
+    "Correction",
+    "Detection",
+    "Estimates",
+    "Estimator",
+    "InfluenceTable",
+    "Noise",
+    "PackedSubsets",
+    "Panel",
+    "Positions",
+    "Removal",
+    "Replacement",
+    "Reporting",
+    "Rule",
+    "SampleIndex",
+    "SampleTotals",
+    "ShuffledEpochs",
+    "Subsets",
+    "TwoStage",
+    "agreement",
+    "attach",
+    "ceiling",
+    "coverage",
+    "detection",
+    "metadata",
+    "observations",
+    "poisson_noise",
+    "pool",
+    "pool_estimates",
+    "q_values",
+    "report",
+    "sample_estimates",
+    "self_influence",
+    "shuffled_noise",
+    "spread",
+    "subset_estimates",
+    "successive_noise",
+    "two_stage",
+    "two_stage_subsets",
+    "with_replacement_noise",
+]

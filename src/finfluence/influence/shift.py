@@ -1,0 +1,136 @@
+"""From per-sample totals and noise to μ and its standard error, for samples and any subsets, on arrays."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from finfluence.errors import InputError
+from finfluence.influence._arrays import Floats, Ints, one_of
+from finfluence.influence.noise import Noise
+from finfluence.influence.subsets import PackedSubsets
+from finfluence.influence.totals import SampleTotals
+
+Budget = Literal["steps", "epochs"]
+Replacement = Literal["small", "exact"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What training without the subset is compared with.
+
+    Attributes:
+        budget: "steps": retraining takes as many steps as before, so that average samples take the removed ones' place
+            and signals are centred. "epochs": it takes as many epochs, so fewer steps, and signals are not centred;
+            also right for Poisson sampling with a fixed rate and fixed weights.
+        replacement: under equal steps, "small" is the limit of a small subset, Δ_S = −Σ_{i∈S} (centred)_i. "exact"
+            counts that the places fall to the n − s remaining samples only. With x̄ the mean over the n samples at a
+            position and x̄_R over the remaining, each of its b places changes by x̄_R − x̄ = −Σ_{i∈S} (x_i − x̄)/(n −
+            s), while a place holds i with probability 1/n, so Δ_S = −n/(n − s)·Σ_{i∈S} (centred)_i; with
+            centre="others" the sum is n/(n − 1) larger, so the factor is (n − 1)/(n − s), which is 1 for a single
+            sample.
+    """
+
+    budget: Budget = "steps"
+    replacement: Replacement = "small"
+
+    def __post_init__(self) -> None:
+        one_of(self.budget, ("steps", "epochs"), "budget")
+        one_of(self.replacement, ("small", "exact"), "replacement")
+
+    def factor(self, sizes: Ints, totals: SampleTotals) -> Floats:
+        """Return what the sum over each subset is multiplied by, (k,)."""
+        n = totals.n_samples
+        if self.budget == "epochs" or self.replacement == "small":
+            return np.ones(len(sizes))
+        return (n if totals.centre == "batch" else n - 1) / (n - sizes)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """μ and standard error of several subsets.
+
+    Attributes:
+        mu: (k,) in noise units; μ > 0: the samples support the measured behaviour.
+        se: (k,) standard errors.
+        size: (k,) numbers of samples.
+    """
+
+    mu: Floats
+    se: Floats
+    size: Ints
+
+
+def sample_estimates(totals: SampleTotals, noise: Noise, *, removal: Removal | None = None) -> Estimates:
+    """Estimate μ and se of every single sample.
+
+    Args:
+        totals: of n samples.
+        noise: of the run.
+        removal: what is compared; by default equal steps, small subsets.
+
+    Returns:
+        Estimates of n rows in code order; NaN for samples that no batch held.
+    """
+    every = np.arange(totals.n_samples)
+    packed = PackedSubsets([], every, every, np.ones(totals.n_samples, dtype=np.int64))
+    found = subset_estimates(totals, noise, packed=packed, removal=removal)
+    unseen = totals.visits == 0
+    return Estimates(np.where(unseen, np.nan, found.mu), np.where(unseen, np.nan, found.se), found.size)
+
+
+def subset_estimates(
+    totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, removal: Removal | None = None
+) -> Estimates:
+    """Estimate μ_S = Δ_S/σ and its standard error for every packed subset.
+
+    Δ_S = −Σ_{i∈S} (centred)_i (see `Removal`). Its standard error comes from the places in which the run happened to
+    put S's samples. With f = s/n, V_S = Σ_{i∈S} v_i, V = σ², τ² = noise.between and b the batch size,
+
+        var Δ_S = k·[(1 − f)²·V_S + f²·(V − V_S) + s·(1 − f)·τ²/b],
+
+    where the f terms arise because the samples of S are also centred on one another (the sum over all samples is 0),
+    τ²/b is the noise of the batch mean, and k = 1 − 1/b for centre="batch" or its inverse for "others". For small S and
+    large b this is Σ_{i∈S} v_i. Uncentred (budget="epochs"): V_S + s·(1 − f)·noise.drift. Full signals: the error of
+    the mean over the grid, `SampleTotals.from_panel`. The noise's own relative error ρ (of the variance) adds (μ·ρ/2)²,
+    by the delta method.
+
+    Args:
+        totals: of n samples.
+        noise: of the run.
+        packed: subsets of codes below n.
+        removal: what is compared; by default equal steps, small subsets.
+
+    Raises:
+        InputError: zero noise (training does not depend on the order), or noise and totals of different samples.
+    """
+    removal = removal or Removal()
+    n = totals.n_samples
+    if not noise.variance > 0:
+        raise InputError("the noise is zero: training does not depend on the order of its data, so μ is not defined")
+    if noise.per_sample is not None and len(noise.per_sample) != n:
+        raise InputError(f"the noise has {len(noise.per_sample)} samples and the totals {n}; take both from one run")
+    sigma = noise.sigma
+    steps = removal.budget == "steps"
+    factor = removal.factor(packed.sizes, totals)
+    shift = -factor * packed.sums(totals.centred if steps else totals.total)
+    variance = factor**2 * _variance(totals, noise, packed=packed, steps=steps)
+    mu = shift / sigma
+    return Estimates(mu, np.sqrt(variance / noise.variance + (mu * noise.relative_error / 2) ** 2), packed.sizes)
+
+
+def _variance(totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, steps: bool) -> Floats:
+    known = totals.centred_variance if steps else totals.total_variance
+    if known is not None:
+        return packed.sums(known)
+    size = packed.sizes.astype(np.float64)
+    f = size / totals.n_samples
+    own = noise.variance * f
+    if noise.per_sample is not None:
+        own = own + (packed.sums(noise.per_sample) - own) / (1 + noise.credibility / size)
+    if not steps:
+        return own + size * (1 - f) * noise.drift
+    b = totals.batch
+    rest = np.maximum(noise.variance - own, 0.0)
+    placed = (1 - f) ** 2 * own + f**2 * rest + size * (1 - f) * noise.between / b
+    return placed * (1 - 1 / b if totals.centre == "batch" else 1 / (1 - 1 / b))

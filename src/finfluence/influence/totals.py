@@ -1,0 +1,172 @@
+"""Per-sample totals of one query's signals over a run: everything that the shift of any subset needs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from finfluence.errors import InputError
+from finfluence.influence._arrays import Floats, Ints, bin_sums, compact, one_of, signals
+from finfluence.influence.grid import Panel, Positions, ShuffledEpochs, grid_weights
+
+Centre = Literal["batch", "others"]
+
+
+@dataclass(frozen=True)
+class SampleTotals:
+    """Sums over a run of each sample's signals, for one query.
+
+    Attributes:
+        visits: (n,) times that the sample was in a batch (full signals: epochs).
+        total: (n,) Σ_t x_{i,t}, units of the measurement.
+        centred: (n,) Σ_t (x_{i,t} − x̄_t).
+        centre: what x̄_t is: the mean over step t's "batch", or over the "others" in it.
+        batch: mean number of samples that x̄_t averages, as seen by a sample (full signals: n).
+        centred_variance: (n,) variance of `centred` from the choice of grid positions; only full signals have it.
+        total_variance: (n,) the same of `total`.
+    """
+
+    visits: Floats
+    total: Floats
+    centred: Floats
+    centre: Centre = "batch"
+    batch: float = np.inf
+    centred_variance: Floats | None = None
+    total_variance: Floats | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self.centre, ("batch", "others"), "centre")
+        if not len(self.visits) == len(self.total) == len(self.centred):
+            lengths = f"{len(self.visits)}, {len(self.total)} and {len(self.centred)}"
+            raise InputError(f"visits, total and centred have lengths {lengths}; give one value a sample in each")
+
+    @property
+    def n_samples(self) -> int:
+        """Size of the training set."""
+        return len(self.total)
+
+    @classmethod
+    def from_signals(
+        cls, step: ArrayLike, code: ArrayLike, *, value: ArrayLike, n_samples: int, centre: Centre = "batch"
+    ) -> "SampleTotals":
+        """Sum the signals of the samples that were in each step's batch, in one vectorised pass.
+
+        Args:
+            step: (n_signals,) integers, any order.
+            code: (n_signals,) sample codes, 0 to n_samples − 1.
+            value: (n_signals,) signals, units of the measurement.
+            n_samples: n.
+            centre: "batch": x̄_t is the mean of the whole batch, the sample included (method of the shift
+                Δ_S = −Σ(x − x̄)). Because the sample is part of its own comparison, this shrinks every shift by
+                1 − 1/b. "others": x̄_t is the mean of the b − 1 other samples, which has no such bias:
+                x − x̄_others = (x − x̄)·b/(b − 1).
+
+        Raises:
+            InputError: unequal lengths, codes out of range, non-finite values, or batches of one sample throughout.
+        """
+        one_of(centre, ("batch", "others"), "centre")
+        steps, codes, values = signals(step, code, value, n_samples=n_samples)
+        difference, size = centred_signals(steps, values)
+        if centre == "others":
+            difference = difference * (size / np.maximum(size - 1, 1))
+        return cls(
+            visits=np.bincount(codes, minlength=n_samples).astype(np.float64),
+            total=bin_sums(codes, values, n_samples),
+            centred=bin_sums(codes, difference, n_samples),
+            centre=centre,
+            batch=float(1 / np.mean(1 / size)),
+        )
+
+    @classmethod
+    def from_panel(
+        cls, panel: Panel, sampler: ShuffledEpochs, *, centre: Centre = "batch", positions: Positions = "random"
+    ) -> "SampleTotals":
+        """Sum "full" signals: every sample evaluated on the grid of positions of every epoch.
+
+        A sample's total is the sum over epochs of its mean over the epoch's slots, which is what a batch total is in
+        expectation over shuffles. The mean over G of P positions errs with variance (1/G − 1/P)·s², s² the variance of
+        the sample's centred signals over the grid with G − 1 ("random" positions), or half their mean squared
+        successive difference ("regular" positions: one a stratum, neighbouring strata collapsed; Cochran 1977, 5A.12).
+        For a subset these variances are added, that is, errors of different samples are taken as uncorrelated.
+
+        Args:
+            panel: all n samples in every epoch.
+            sampler: the sampler of the run.
+            centre: as in `from_signals`, over the n samples at each position.
+            positions: how the grid was chosen, see `grid_weights`.
+
+        Raises:
+            InputError: a sample is missing from the panel.
+        """
+        one_of(centre, ("batch", "others"), "centre")
+        n = sampler.n_samples
+        total, centred, total_variance, centred_variance = np.zeros((4, n))
+        epochs = 0
+        for codes, places, matrix in panel.epochs(n):
+            if len(codes) != n:
+                raise InputError(
+                    f"the panel holds {len(codes)} of {n} samples; full signals need every sample in every epoch"
+                )
+            grid = grid_weights(places, sampler, positions=positions)
+            scaled = matrix * grid.sizes
+            deviation = scaled - scaled.mean(axis=0)
+            if centre == "others":
+                deviation *= n / (n - 1)
+            total += scaled @ grid.linear / n
+            centred += deviation @ grid.linear / n
+            factor = (grid.n_positions / n) ** 2 * (1 / len(places) - 1 / grid.n_positions)
+            total_variance += factor * _grid_spread(scaled, positions)
+            centred_variance += factor * _grid_spread(deviation, positions)
+            epochs += 1
+        visits = np.full(n, float(epochs))
+        return cls(visits, total, centred, centre, float(n), centred_variance, total_variance)
+
+    def __add__(self, other: "SampleTotals") -> "SampleTotals":
+        """Add the totals of another stretch of the same run, with no step in both: a large store is read in parts."""
+        if self.n_samples != other.n_samples or self.centre != other.centre:
+            raise InputError("totals of different samples or centring cannot be added; read both parts the same way")
+        visits = self.visits + other.visits
+        share = float(self.visits.sum() / visits.sum())
+        batch = 1 / (share / self.batch + (1 - share) / other.batch)
+        return SampleTotals(
+            visits,
+            self.total + other.total,
+            self.centred + other.centred,
+            self.centre,
+            batch,
+            _sum(self.centred_variance, other.centred_variance),
+            _sum(self.total_variance, other.total_variance),
+        )
+
+
+def centred_signals(step: Ints, value: Floats) -> tuple[Floats, Floats]:
+    """Return (x − x̄_t, b_t) for every signal, both (n_signals,), x̄_t the mean and b_t the size of its step.
+
+    Raises:
+        InputError: every step holds a single sample, so that there is nothing to compare a sample with.
+    """
+    steps, n_steps = compact(step)
+    size = np.bincount(steps, minlength=n_steps).astype(np.float64)
+    if size.max() < 2:
+        raise InputError(
+            "every batch has one sample, so no sample can be compared with others; use batches of two or more"
+        )
+    mean = bin_sums(steps, value, n_steps) / size
+    return value - mean[steps], size[steps]
+
+
+def _grid_spread(matrix: Floats, positions: Positions) -> Floats:
+    if matrix.shape[1] < 2:
+        return np.zeros(len(matrix))
+    if positions == "random":
+        return matrix.var(axis=1, ddof=1)
+    return (np.diff(matrix, axis=1) ** 2).mean(axis=1) / 2
+
+
+def _sum(first: Floats | None, second: Floats | None) -> Floats | None:
+    if first is None or second is None:
+        if first is not second:
+            raise InputError("batch and full totals cannot be added; read both parts the same way")
+        return None
+    return first + second
