@@ -1,0 +1,68 @@
+"""The state of one recorded forward and backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from finfluence.gradients._capture import ModuleCall, Output
+from finfluence.gradients._queries import QueryTable
+from finfluence.gradients._replay import Ambience
+
+
+class Recording:
+    """Per-sample contributions of the backward passes within one `record` block.
+
+    Args:
+        table: the directions.
+        batch_size: samples in the batch, b.
+        device: of the accumulator.
+        dtype: float32, or float64 in a float64 model.
+    """
+
+    def __init__(self, table: QueryTable, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.batch_size = batch_size
+        self.table = table
+        self.sums = torch.zeros(batch_size, len(table), device=device, dtype=dtype)
+        self._scale = torch.tensor(table.coefficients, device=device, dtype=dtype)
+        self.open = True
+        self.probing = False
+        self.fired = False
+        self.changed = False
+        self.coincidence = False
+        self.calls: list[ModuleCall] = []
+        self.undecided: list[tuple[ModuleCall, Output]] = []
+        self.entries: dict[nn.Module, list[tuple[Ambience | None, list[int]]]] = {}
+        self.completed: set[nn.Module] = set()
+        self.keeps: dict[nn.Module, str] = {}
+        self.pending: set[tuple[nn.Module, str]] = set()
+        self.deferred: dict[str, nn.Module] = {}
+
+    @property
+    def values(self) -> Tensor:
+        """(b, n_directions): sample i's share of ⟨q_k, the gradient that the backward passes added to p.grad⟩."""
+        return self.sums * self._scale
+
+    def leave(self, module: nn.Module) -> tuple[Ambience | None, list[int]] | None:
+        """What was noted when the module's forward began."""
+        stack = self.entries.get(module)
+        return stack.pop() if stack else None
+
+    def running(self, module: nn.Module) -> bool:
+        """Whether the module's forward has begun and not ended."""
+        return bool(self.entries.get(module))
+
+    def forget_graph(self) -> None:
+        """Let go of the nodes that the inspection of a forward pass walked."""
+        for call, _ in self.undecided:
+            call.forget_graph()
+        for call in self.calls:
+            call.forget_graph()
+        self.calls.clear()
+        self.undecided.clear()
+
+    def close(self) -> None:
+        """Stop recording and let go of everything but the values."""
+        self.open = False
+        self.forget_graph()
+        self.entries.clear()

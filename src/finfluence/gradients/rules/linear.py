@@ -1,0 +1,61 @@
+"""nn.Linear: y = x Wᵀ + b, so ⟨δ, x q_Wᵀ + q_b⟩, dense or from the factors of q_W."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from finfluence.gradients.rules._registry import Call, register
+
+_SMALL_RANK = 64  # at most this many rows or columns: the matmul is cheap, so it runs in full precision
+
+
+@register(nn.Linear, needs_input=["weight"], feature_dims=lambda module, ndim: 1, matmul=True)
+def linear(call: Call) -> None:
+    """einsum("no,ni,koi->nk", δ, x, q) summed over a sample's rows n, contracted from the cheaper side."""
+    if call.input is not None:
+        _weight(call)
+    if call.queries.dense("bias", dtype=call.accumulate):
+        call.add_affine("bias", call.samples(call.delta, keep=1))
+
+
+def _weight(call: Call) -> None:
+    leading = call.delta.shape[:-1]
+    d_out, d_in = call.module.weight.shape
+    dtype = matmul_dtype(call.delta.dtype, rank=min(d_out, d_in))
+    x = call.source.reshape(-1, d_in)
+    delta = call.delta.reshape(-1, d_out)
+    factors = call.queries.factored(dtype=matmul_dtype(call.delta.dtype, rank=0))
+    if factors is not None:
+        directions, rows, row_deltas, membership = factors
+        inner = (x.to(rows.dtype) @ rows.mT).mul_(delta.to(rows.dtype) @ row_deltas.mT)
+        call.add(directions, call.samples(inner.unflatten(0, leading), keep=1) @ membership)
+    groups = call.queries.dense("weight", dtype=dtype)
+    if not groups:
+        return
+    x, delta = x.to(dtype), delta.to(dtype)
+    for directions, q in groups:
+        # The intermediate has the smaller of the two widths: less memory and a cheaper last reduction.
+        if d_out <= d_in:
+            image, other = _product(x, q.mT), delta
+        else:
+            image, other = _product(delta, q), x
+        per_row = image.mul_(other).sum(-1, dtype=call.accumulate)  # (k, n)
+        call.add(directions, call.samples(per_row.mT.unflatten(0, leading), keep=1))
+
+
+def _product(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(n, a) times (k, a, c) → (k, n, c)."""
+    if matrices.shape[0] == 1:
+        return (rows @ matrices[0]).unsqueeze(0)
+    return rows @ matrices
+
+
+def matmul_dtype(delta: torch.dtype, *, rank: int) -> torch.dtype:
+    """The dtype to contract in: the output gradient's for a large bfloat16 layer, float32 where cheap or for float16.
+
+    float16 would overflow or lose the direction's small entries, bfloat16 has float32's range.
+    """
+    if delta == torch.bfloat16 and rank > _SMALL_RANK:
+        return delta
+    return delta if delta in (torch.float32, torch.float64) else torch.float32
