@@ -219,6 +219,16 @@ def test_monitor_records_norms_warns_of_growth_and_stops_divergence():
         AdjointMonitor(factor=math.inf).check(3, torch.tensor([float("inf")]))
 
 
+def test_monitor_names_those_that_diverge_and_goes_on_where_a_sweep_stopped():
+    """The sweep is linear: growth, not size, decides, so a scaled copy of a query is judged the same."""
+    monitor = AdjointMonitor(queries=["a", "b", "c"], caution=math.inf, first=(1.0, 1e-9, 1.0))
+    norms, diverged = monitor.watch(9, torch.tensor([[29.0], [29e-9], [31.0]]))
+    assert norms[0] == 29.0
+    assert list(diverged) == [2]
+    assert "'c' has norm 31 at step 9, 1 where the sweep began: it diverges" in diverged[2]
+    assert list(monitor.watch(8, torch.tensor([[31.0], [31e-9], [0.0]]))[1]) == [0, 1]
+
+
 def test_bad_options_name_the_value():
     with pytest.raises(InputError, match=r"damping is -0\.1"):
         AdjointOptions(damping=-0.1)

@@ -10,6 +10,7 @@ from finfluence.sensitivity import (
     EXACT_LIMIT,
     DifferenceHessian,
     ExactHessian,
+    Layout,
     batch_hessian,
     difference_step,
     gradient_of,
@@ -214,3 +215,38 @@ def test_missing_or_wrong_callables_are_named():
         batch_hessian(parameters, loss=lambda p: p["0.weight"], method="exact")
     with pytest.raises(InputError, match="does not depend"):
         batch_hessian(parameters, loss=lambda p: torch.ones(()), method="exact")
+
+
+def test_per_sample_derivatives_come_out_of_the_same_double_backward():
+    """Against a loop: by the weights of L = Σ w_i ℓ_i, with a model's own parameters as leaves, one of them unused."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    leaves = dict(model.named_parameters()) | {"unused": torch.zeros(2, dtype=torch.float64, requires_grad=True)}
+    layout = Layout.of(leaves)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    weights = torch.full((5,), 0.2, dtype=torch.float64, requires_grad=True)
+
+    def losses():
+        return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+
+    theta = layout.flatten({name: p.detach() for name, p in leaves.items()})
+    exact = ExactHessian(theta, layout, lambda _: (losses() * weights).sum(), leaves=leaves, weights=weights)
+    directions = torch.randn(4, layout.size, dtype=torch.float64)
+    products, derivatives = exact.products(directions)
+    rows = [
+        torch.autograd.grad(own, list(leaves.values()), retain_graph=True, materialize_grads=True) for own in losses()
+    ]
+    flat = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    torch.testing.assert_close(derivatives, directions @ flat.mT)
+    torch.testing.assert_close(exact.gradient, flat.mean(0))
+    for direction, product, own in zip(directions, products, derivatives, strict=True):
+        alone, same = exact.products(direction)
+        torch.testing.assert_close(alone, product)
+        torch.testing.assert_close(same, own)
+    assert not products[:, -2:].any()
+    plain = ExactHessian(
+        theta[:-2],
+        Layout.of(dict(model.named_parameters())),
+        lambda p: torch.nn.functional.cross_entropy(torch.func.functional_call(model, dict(p), (x,)), y),
+    )
+    torch.testing.assert_close(products[:, :-2], plain.product(directions[:, :-2]))

@@ -200,7 +200,7 @@ def test_an_existing_directory_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"run already holds a run; choose another directory, or resume it"):
         start(tmp_path / "run")
     assert (tmp_path / "run/run.json").read_bytes() == before
-    with pytest.raises(StoreError, match=r"was started with queries \('first', 'second'\), not \('other',\)"):
+    with pytest.raises(StoreError, match=r"was started with queries \['first', 'second'\], not \['other'\]"):
         start(tmp_path / "run", queries=["other"], exist="resume")
 
     (tmp_path / "photos").mkdir()
@@ -266,7 +266,7 @@ def test_non_finite_values_are_stored_and_counted(tmp_path: Path) -> None:
     with start(tmp_path / "run") as writer:
         writer.append_signals(0, [1, 2, 3], values)
         writer.append_steps(**step_row(0))
-        assert writer.nonfinite == {"signals": 4, "live": 0, "panel": 0}
+        assert writer.nonfinite == {"signals": 4, "live": 0, "panel": 0, "self": 0}
     shown = SignalStore.open(tmp_path / "run").signals().collect()
     np.testing.assert_array_equal(shown["first"].to_numpy(), values[:, 0].astype(np.float32))
     np.testing.assert_array_equal(shown["second"].to_numpy(), np.float32([1.0, np.inf, 0.0]))

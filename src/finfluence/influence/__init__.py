@@ -38,6 +38,7 @@ from finfluence.influence.table import (
 )
 from finfluence.influence.totals import Centre, SampleTotals
 from finfluence.influence.two_stage import Rule, TwoStage, observations, two_stage, two_stage_subsets
+from finfluence.influence.watched import two_stage_samples, watched_frame, watched_observations
 
 __all__ = [
     "Agreement",
@@ -82,6 +83,9 @@ __all__ = [
     "subset_estimates",
     "successive_noise",
     "two_stage",
+    "two_stage_samples",
     "two_stage_subsets",
+    "watched_frame",
+    "watched_observations",
     "with_replacement_noise",
 ]

@@ -38,8 +38,8 @@ def watched_observations(watch: pl.DataFrame, subset: str, query: str) -> tuple[
     if rows.is_empty():
         known = sorted(watch["subset"].unique().to_list())
         raise InputError(
-            f"subset {subset!r} was not watched (watched: {', '.join(known) or 'none'}); name it in train(watch=...), or "
-            "pass its ids"
+            f"subset {subset!r} was not watched (watched: {', '.join(known) or 'none'}); name it in train(watch=...), "
+            "or pass its ids"
         )
     wide = rows.pivot(on="arm", index="step", values=query).sort("step")
     wide = wide.filter(pl.col("with").is_finite() & pl.col("without").is_finite())

@@ -1,7 +1,7 @@
 """Hessian-vector products of a batch's loss: exact, or by finite differences of its gradient."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import cbrt, isfinite, sqrt
 from typing import Literal, get_args
 
@@ -55,13 +55,30 @@ class ExactHessian(BatchHessian):
     Several directions run as one batched backward pass where every operation supports it, and one after the other
     where not. Attention runs with the MATH kernel, because the fused kernels of `scaled_dot_product_attention` have no
     second derivative.
+
+    By default the loss is a function of a flat vector's pieces. With `leaves`, tensors that require gradients and stand
+    at theta (a model's own parameters), it is differentiated by them. With `weights`, a vector that requires gradients
+    and that the loss is linear in, `products` returns per-sample derivatives too.
     """
 
-    def __init__(self, theta: Tensor, layout: Layout, loss: Loss) -> None:
+    def __init__(
+        self,
+        theta: Tensor,
+        layout: Layout,
+        loss: Loss,
+        *,
+        leaves: Parameters | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         super().__init__(theta, layout)
-        self._leaf = self.theta.clone().requires_grad_()
+        self._weights = weights
+        self._named = leaves is not None
+        if leaves is None:
+            self._leaves = [self.theta.clone().requires_grad_()]
+        else:
+            self._leaves = [leaves[name] for name in layout.names]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            value = loss(layout.unflatten(self._leaf))
+            value = loss(layout.unflatten(self._leaves[0]) if leaves is None else leaves)
             if value.numel() != 1:
                 raise InputError(
                     f"the loss has shape {tuple(value.shape)}; return a scalar, e.g. the mean over the batch"
@@ -70,18 +87,35 @@ class ExactHessian(BatchHessian):
                 raise InputError(
                     "the loss does not depend on the parameters given to it; compute it from them, e.g. functional_call"
                 )
-            (self._gradient,) = torch.autograd.grad(value.reshape(()), self._leaf, create_graph=True)
+            self._gradients = torch.autograd.grad(
+                value.reshape(()), self._leaves, create_graph=True, allow_unused=True, materialize_grads=True
+            )
         self._batched = True
 
     @property
     def gradient(self) -> Tensor:
         """(size,) the gradient of the loss at theta."""
-        return self._gradient.detach()
+        return self._flat([gradient.detach() for gradient in self._gradients], ())
 
     def product(self, directions: Tensor) -> Tensor:
         """H q for one direction (size,) or several (queries, size), of the same shape."""
-        if not self._gradient.requires_grad:
-            return torch.zeros_like(directions)
+        return self.products(directions)[0]
+
+    def products(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """H q, and the derivative of the loss along q by each of the weights, of one direction or several.
+
+        ∂⟨∇L, q⟩/∂w_i = ⟨∇ℓ_i, q⟩ for L = Σ_i w_i ℓ_i: the per-sample derivatives come out of the double backward that
+        H q needs anyway.
+
+        Args:
+            directions: (size,) or (queries, size).
+
+        Returns:
+            H q of the same shape, and (..., weights).
+        """
+        if not any(gradient.requires_grad for gradient in self._gradients):
+            count = 0 if self._weights is None else len(self._weights)
+            return torch.zeros_like(directions), directions.new_zeros(*directions.shape[:-1], count)
         if directions.ndim == 1:
             return self._pull(directions, batched=False)
         if len(directions) > 1 and self._batched:
@@ -90,13 +124,32 @@ class ExactHessian(BatchHessian):
             except RuntimeError:
                 # An operation without a batching rule; a true error shows again in the loop.
                 self._batched = False
-        return torch.stack([self._pull(direction, batched=False) for direction in directions])
+        pairs = [self._pull(direction, batched=False) for direction in directions]
+        return torch.stack([h for h, _ in pairs]), torch.stack([w for _, w in pairs])
 
-    def _pull(self, directions: Tensor, *, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            self._gradient, self._leaf, directions, retain_graph=True, is_grads_batched=batched, materialize_grads=True
+    def _pull(self, directions: Tensor, *, batched: bool) -> tuple[Tensor, Tensor]:
+        along = list(self.layout.unflatten(directions).values()) if self._named else [directions]
+        pairs = [(g, q) for g, q in zip(self._gradients, along, strict=True) if g.requires_grad]
+        found = torch.autograd.grad(
+            [gradient for gradient, _ in pairs],
+            self._leaves if self._weights is None else [*self._leaves, self._weights],
+            [q for _, q in pairs],
+            retain_graph=True,
+            is_grads_batched=batched,
+            allow_unused=True,
+            materialize_grads=True,
         )
-        return product
+        lead = directions.shape[:-1]
+        if self._weights is None:
+            return self._flat(found, lead), directions.new_zeros(*lead, 0)
+        return self._flat(found[:-1], lead), found[-1].expand(*lead, len(self._weights))
+
+    def _flat(self, tensors: Sequence[Tensor], lead: tuple[int, ...]) -> Tensor:
+        if not self._named:
+            return tensors[0]
+        # The zeros of a parameter that the loss does not use have no leading axis under batching.
+        shapes = self.layout.shapes
+        return torch.cat([t.expand(*lead, *s).reshape(*lead, -1) for t, s in zip(tensors, shapes, strict=True)], -1)
 
 
 class DifferenceHessian(BatchHessian):

@@ -5,12 +5,14 @@ signals of a query into statistics and NumPy arrays. Nothing here imports torch.
 """
 
 from finfluence.signals._files import Folder, open_folder
-from finfluence.signals._schema import STEPS_COLUMNS, IdDtype, SignalTable, Table
+from finfluence.signals._manifest import check_same, holds_run, read_manifest
+from finfluence.signals._schema import SELF, STEPS_COLUMNS, IdDtype, SignalTable, Table
 from finfluence.signals.statistics import SignalArrays, arrays, per_sample, step_means
 from finfluence.signals.store import SignalStore
 from finfluence.signals.writer import SignalWriter
 
 __all__ = [
+    "SELF",
     "STEPS_COLUMNS",
     "Folder",
     "IdDtype",
@@ -20,7 +22,10 @@ __all__ = [
     "SignalWriter",
     "Table",
     "arrays",
+    "check_same",
+    "holds_run",
     "open_folder",
     "per_sample",
+    "read_manifest",
     "step_means",
 ]

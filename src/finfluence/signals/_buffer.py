@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,17 @@ from finfluence.signals._schema import IdDtype
 
 @dataclass(frozen=True)
 class Batch:
-    """The signals of one step, as one call gave them: (b,) identifiers and (b, n_queries) float32 values."""
+    """The rows of one step, as one call gave them.
+
+    Attributes:
+        step: the step's number.
+        place: further columns whose value all these rows share (epoch and position, or subset and arm).
+        samples: (b,) identifiers; empty in a table without them.
+        values: (b, n_columns) float32.
+    """
 
     step: int
-    epoch: int
-    position: int
+    place: Mapping[str, int | str]
     samples: npt.NDArray[Any] | list[str]
     values: npt.NDArray[np.float32]
 
@@ -54,16 +60,18 @@ class Buffer:
     def table(self, batches: Sequence[Batch]) -> pa.Table:
         """Return batches as one Arrow table of the table's schema."""
         sizes = [len(batch.values) for batch in batches]
-        columns: list[pa.Array] = []
-        for field in self._schema:
-            if field.name == "sample":
-                break
-            per_batch = np.array([getattr(batch, field.name) for batch in batches], dtype=np.int64)
-            columns.append(pa.array(np.repeat(per_batch, sizes)))
-        if self._id_dtype == "int64":
-            columns.append(pa.array(np.concatenate([batch.samples for batch in batches])))
-        else:
-            columns.append(pa.array([one for batch in batches for one in batch.samples], type=pa.string()))
         values = np.concatenate([batch.values for batch in batches])
-        columns += [pa.array(np.ascontiguousarray(values[:, query])) for query in range(values.shape[1])]
+        columns: list[pa.Array] = []
+        for field in list(self._schema)[: len(self._schema) - values.shape[1]]:
+            if field.name == "sample":
+                columns.append(self._identifiers(batches))
+                continue
+            per_batch = [batch.step if field.name == "step" else batch.place[field.name] for batch in batches]
+            columns.append(pa.array(np.repeat(per_batch, sizes), type=field.type))
+        columns += [pa.array(np.ascontiguousarray(values[:, column])) for column in range(values.shape[1])]
         return pa.Table.from_arrays(columns, schema=self._schema)
+
+    def _identifiers(self, batches: Sequence[Batch]) -> pa.Array:
+        if self._id_dtype == "int64":
+            return pa.array(np.concatenate([batch.samples for batch in batches]))
+        return pa.array([one for batch in batches for one in batch.samples], type=pa.string())

@@ -55,13 +55,13 @@ class Chunks:
     Args:
         store: the run.
         query: the query's name.
-        table: "signals", "live" or "panel".
+        table: "signals", "live", "panel" or "self".
     """
 
     def __init__(self, store: SignalStore, query: str, *, table: SignalTable) -> None:
         store.check_table(table)
         self._store = store
-        self._query = store.check_query(query)
+        self._query = store.check_query(query, table)
         self._table: SignalTable = table
         self._steps = store.step_numbers
         self._plan = _plan(store._parts[table], max(_JOIN_ROWS, store.samples().collect().height))

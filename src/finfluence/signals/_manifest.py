@@ -111,6 +111,28 @@ def ownership() -> dict[str, Any]:
     }
 
 
+def check_abandoned(folder: Folder, manifest: Mapping[str, Any]) -> None:
+    """Raise StoreError when another process still writes the run."""
+    # This process's own abandoned writer (a notebook cell that failed) must not lock it out.
+    foreign = manifest["status"] == "running" and manifest.get("pid") != os.getpid()
+    if foreign and writer_state(manifest) == "alive":
+        raise StoreError(
+            f"{folder.display} is a run still being written by process {manifest['pid']}; "
+            "wait until it ends, or stop it before resuming"
+        )
+
+
+def check_same(folder: Folder, manifest: Mapping[str, Any], **fields: Any) -> None:
+    """Raise StoreError when a field of the run on disk is not what the caller is about to continue it with."""
+    for field, given in fields.items():
+        given, stored = json.loads(encode({field: given}))[field], manifest.get(field)
+        if given != stored:
+            raise StoreError(
+                f"{folder.display} was started with {field} {stored!r}, not {given!r}; "
+                "resume it with the same, or choose another directory"
+            )
+
+
 def writer_state(manifest: Mapping[str, Any]) -> Literal["alive", "dead", "unknown"]:
     """Tell whether the process that run.json names as its writer still runs.
 

@@ -13,14 +13,17 @@ import pyarrow as pa
 from finfluence.errors import InputError
 
 IdDtype = Literal["int64", "str"]
-SignalTable = Literal["signals", "live", "panel"]
-Table = Literal["steps", "signals", "live", "panel"]
+SignalTable = Literal["signals", "live", "panel", "self"]
+Table = Literal["steps", "signals", "live", "panel", "self", "watch"]
 
 # The order in which a flush writes its parts: steps come last, because a step's row is what makes its signals count.
 SIGNAL_TABLES: tuple[SignalTable, ...] = get_args(SignalTable)
-COMMIT_ORDER: tuple[Table, ...] = (*SIGNAL_TABLES, "steps")
+ROW_TABLES: tuple[Table, ...] = (*SIGNAL_TABLES, "watch")
+COMMIT_ORDER: tuple[Table, ...] = (*ROW_TABLES, "steps")
 
-RESERVED = ("step", "sample", "epoch", "position")
+ARMS = ("with", "without", "auxiliary")
+SELF = "self"
+RESERVED = ("step", "sample", "epoch", "position", "subset", "arm", SELF)
 
 STEPS_SCHEMA = pa.schema(
     [
@@ -39,7 +42,12 @@ STEPS_SCHEMA = pa.schema(
 
 STEPS_COLUMNS: tuple[str, ...] = tuple(STEPS_SCHEMA.names)
 
-_PLACE = {"signals": ("step",), "live": ("step",), "panel": ("step", "epoch", "position")}
+_SAMPLES = {
+    "signals": ("step",),
+    "live": ("step",),
+    "panel": ("step", "epoch", "position"),
+    "self": ("step",),
+}
 
 
 def check_queries(queries: Sequence[str]) -> tuple[str, ...]:
@@ -65,6 +73,12 @@ def check_queries(queries: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def check_table(table: str) -> None:
+    """Raise InputError when the table is not one of signals."""
+    if table not in SIGNAL_TABLES:
+        raise InputError(f"table {table!r} is not one of {', '.join(SIGNAL_TABLES)}")
+
+
 def check_id_dtype(id_dtype: str) -> IdDtype:
     """Return the type of the sample identifiers, or raise InputError when it is neither int64 nor str."""
     if id_dtype not in get_args(IdDtype):
@@ -76,9 +90,17 @@ def table_schema(table: Table, queries: Sequence[str], id_dtype: IdDtype) -> pa.
     """Return the Arrow schema of a table's parts."""
     if table == "steps":
         return STEPS_SCHEMA
-    place = [(name, pa.int64()) for name in _PLACE[table]]
+    values = [(query, pa.float32()) for query in table_queries(table, queries)]
+    if table == "watch":
+        return pa.schema([("step", pa.int64()), ("subset", pa.string()), ("arm", pa.string()), *values])
+    place = [(name, pa.int64()) for name in _SAMPLES[table]]
     sample = ("sample", pa.int64() if id_dtype == "int64" else pa.string())
-    return pa.schema([*place, sample, *((query, pa.float32()) for query in queries)])
+    return pa.schema([*place, sample, *values])
+
+
+def table_queries(table: Table, queries: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a table's value columns: the run's queries, or the sample itself in the table `self`."""
+    return (SELF,) if table == "self" else tuple(queries)
 
 
 def as_ids(samples: Any, id_dtype: IdDtype) -> npt.NDArray[Any] | list[str]:

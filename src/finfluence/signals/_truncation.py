@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from finfluence.signals._files import Folder
 from finfluence.signals._parts import Part, encode_part, inspect_part, part_names, read_part
-from finfluence.signals._schema import COMMIT_ORDER, SIGNAL_TABLES, Table
+from finfluence.signals._schema import COMMIT_ORDER, ROW_TABLES, Table
 
 Schemas = Mapping[Table, pa.Schema]
 
@@ -45,7 +45,7 @@ def recover(folder: Folder, schemas: Schemas) -> npt.NDArray[np.int64]:
         folder.clean(table)
     steps = recorded_steps(folder, inspect_table(folder, "steps", schemas["steps"]))
     allowed = pa.array(steps)
-    for table in SIGNAL_TABLES:
+    for table in ROW_TABLES:
         for part in inspect_table(folder, table, schemas[table]):
             if not is_recorded(steps, part.first, part.last):
                 _keep(folder, part, schemas[table], pc.field("step").isin(allowed))

@@ -36,7 +36,7 @@ def arrays(store: SignalStore, query: str, *, table: SignalTable = "signals") ->
     Args:
         store: the run.
         query: the query's name.
-        table: "signals", "live" or "panel".
+        table: "signals", "live", "panel" or "self".
 
     Raises:
         InputError: an unknown query or table.
@@ -60,7 +60,7 @@ def step_means(store: SignalStore, query: str, *, table: SignalTable = "signals"
     Args:
         store: the run.
         query: the query's name.
-        table: "signals", "live" or "panel".
+        table: "signals", "live", "panel" or "self".
 
     Returns:
         One row a step that has signals, by step: `step` int64, `size` int64 (signals in the step), `mean` float64.
@@ -85,7 +85,7 @@ def per_sample(store: SignalStore, query: str, *, table: SignalTable = "signals"
     Args:
         store: the run.
         query: the query's name.
-        table: "signals", "live" or "panel".
+        table: "signals", "live", "panel" or "self".
 
     Returns:
         One row a sample, in the order of the sample table: `sample`; `visits` int64; `total` float64, the sum of the

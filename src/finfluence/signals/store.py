@@ -113,10 +113,10 @@ class SignalStore:
         return scan(self._folder, self._parts["steps"], self._schemas["steps"], steps=self._steps)
 
     def signals(self, table: SignalTable = "signals") -> pl.LazyFrame:
-        """Return a table of signals: step, sample, one float32 column a query; `live` and `panel` are read alike.
+        """Return a table of signals: step, sample, one float32 column a query; all tables of signals are read alike.
 
         Args:
-            table: "signals", "live" or "panel".
+            table: "signals", "live", "panel" or "self".
 
         Raises:
             InputError: an unknown table.
@@ -128,20 +128,27 @@ class SignalStore:
         """Return the noise panel: step, epoch, position, sample, one float32 column a query."""
         return self.signals("panel")
 
+    def watch(self) -> pl.LazyFrame:
+        """Return what was observed of watched subsets: step, subset, arm, one float32 column a query.
+
+        The arm is "with", "without" (NaN at a step whose batch held nothing but the subset) or "auxiliary".
+        """
+        return scan(self._folder, self._parts["watch"], self._schemas["watch"], steps=self._steps)
+
     def has(self, table: Table) -> bool:
         """Tell whether any part of the table is on disk."""
         return bool(self._parts[table])
 
-    def check_query(self, query: str) -> str:
-        """Return the query's name, or raise InputError when the run does not have it."""
-        if query not in self.queries:
-            raise InputError(f"unknown query {query!r}; {self.directory} has {', '.join(map(repr, self.queries))}")
+    def check_query(self, query: str, table: SignalTable = "signals") -> str:
+        """Return the query's name, or raise InputError when that table of the run does not have it."""
+        known = schemas.table_queries(table, self.queries)
+        if query not in known:
+            raise InputError(f"unknown query {query!r}; {self.directory} has {', '.join(map(repr, known))}")
         return query
 
     def check_table(self, table: str) -> None:
         """Raise InputError when the table is not one of signals."""
-        if table not in get_args(SignalTable):
-            raise InputError(f"table {table!r} is not one of {', '.join(get_args(SignalTable))}")
+        schemas.check_table(table)
 
     @cached_property
     def _samples(self) -> pl.DataFrame:

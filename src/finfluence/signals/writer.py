@@ -14,7 +14,7 @@ import warnings
 from array import array
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,7 @@ from finfluence.signals import _truncation as truncation
 from finfluence.signals._buffer import Batch, Buffer
 from finfluence.signals._files import Folder, open_folder
 from finfluence.signals._samples import write_samples
-from finfluence.signals._schema import COMMIT_ORDER, SIGNAL_TABLES, STEPS_SCHEMA, IdDtype, SignalTable, Table
+from finfluence.signals._schema import COMMIT_ORDER, ROW_TABLES, STEPS_SCHEMA, IdDtype, SignalTable, Table
 
 # About 20 MB of a one-query run: parts large enough to read fast, small enough to lose and to rewrite.
 BUFFER_ROWS = 1 << 20
@@ -55,13 +55,13 @@ class SignalWriter:
         self.directory = folder.display
         self.queries: tuple[str, ...] = tuple(manifest["queries"])
         self.id_dtype: IdDtype = manifest["id_dtype"]
-        self.nonfinite: dict[SignalTable, int] = dict.fromkeys(SIGNAL_TABLES, 0)
+        self.nonfinite: dict[SignalTable, int] = dict.fromkeys(schemas.SIGNAL_TABLES, 0)
         self._folder = folder
         self._manifest = manifest
         self._schemas: dict[Table, pa.Schema] = {
             table: schemas.table_schema(table, self.queries, self.id_dtype) for table in COMMIT_ORDER
         }
-        self._buffers = {table: Buffer(self._schemas[table], self.id_dtype) for table in SIGNAL_TABLES}
+        self._buffers = {table: Buffer(self._schemas[table], self.id_dtype) for table in ROW_TABLES}
         self._rows: list[dict[str, Any]] = []
         self._steps = array("q")  # every step with a row in `steps`, on disk or buffered, increasing
         self._next_part = 0
@@ -112,7 +112,7 @@ class SignalWriter:
                     f"{folder.display} already holds a run; choose another directory, or resume it with exist='resume'"
                 )
             writer = cls.resume(directory, buffer_rows=buffer_rows)
-            writer._check_same(names, id_dtype)
+            manifests.check_same(folder, writer._manifest, queries=list(names), id_dtype=id_dtype)
             writer.update_manifest(**manifest)
         else:
             described = {"format": manifests.FORMAT, "format_version": manifests.FORMAT_VERSION, **manifest}
@@ -136,13 +136,7 @@ class SignalWriter:
         """
         folder = open_folder(directory)
         manifest = manifests.read_manifest(folder)
-        # This process's own abandoned writer (a notebook cell that failed) must not lock it out.
-        foreign = manifest["status"] == "running" and manifest.get("pid") != os.getpid()
-        if foreign and manifests.writer_state(manifest) == "alive":
-            raise StoreError(
-                f"{folder.display} is a run still being written by process {manifest['pid']}; "
-                "wait until it ends, or stop it before resuming"
-            )
+        manifests.check_abandoned(folder, manifest)
         writer = cls(folder, manifest | manifests.ownership(), buffer_rows=buffer_rows)
         writer._steps = array("q", truncation.recover(folder, writer._schemas))
         writer._next_part = 1 + max(
@@ -212,6 +206,26 @@ class SignalWriter:
         """
         self.append_table("panel", step, samples=samples, values=values, epoch=epoch, position=position)
 
+    def append_watch(self, step: int, subset: str, arm: str, values: Any) -> None:
+        """Append what was observed of a watched subset at a step, before or after the step's row.
+
+        Args:
+            step: the step's number.
+            subset: the subset's name.
+            arm: "with", "without" or "auxiliary".
+            values: (n_queries,) observations, units of each query's measurement; NaN where there is none.
+
+        Raises:
+            InputError: values of another shape, or an unknown arm.
+        """
+        self._check_open()
+        if arm not in schemas.ARMS:
+            raise InputError(f"arm is {arm!r}; use one of {', '.join(schemas.ARMS)}")
+        rows = schemas.as_values(np.asarray(values)[None, ...], 1, self.queries)
+        step = schemas.as_int("step", step)
+        self._begin(step)
+        self._buffers["watch"].add(Batch(step, {"subset": str(subset), "arm": arm}, [], rows))
+
     def append_table(
         self,
         table: SignalTable,
@@ -225,7 +239,7 @@ class SignalWriter:
         """Append a step's rows to any table of signals.
 
         Args:
-            table: "signals", "live" or "panel".
+            table: "signals", "live", "panel" or "self".
             step: the step's number.
             samples: (b,) sample identifiers.
             values: (b, n_queries) signals.
@@ -235,16 +249,16 @@ class SignalWriter:
         Raises:
             InputError: shapes or identifiers that do not fit the run.
         """
-        self._check_table(table)
+        schemas.check_table(table)
         self._check_open()
         if (table == "panel") != (epoch is not None and position is not None):
             raise InputError(f"epoch={epoch}, position={position} for table {table!r}; only 'panel' has both, always")
         ids = schemas.as_ids(samples, self.id_dtype)
-        rows = schemas.as_values(values, len(ids), self.queries)
+        rows = schemas.as_values(values, len(ids), schemas.table_queries(table, self.queries))
         step = schemas.as_int("step", step)
+        place = {"epoch": schemas.as_int("epoch", epoch or 0), "position": schemas.as_int("position", position or 0)}
         self._begin(step)
-        batch = Batch(step, schemas.as_int("epoch", epoch or 0), schemas.as_int("position", position or 0), ids, rows)
-        self._buffers[table].add(batch)
+        self._buffers[table].add(Batch(step, place, ids, rows))
         self.nonfinite[table] += rows.size - int(np.count_nonzero(np.isfinite(rows)))
 
     def append_steps(self, **columns: Any) -> None:
@@ -278,7 +292,7 @@ class SignalWriter:
         """
         written = False
         name = parts.numbered(self._next_part)
-        for table in SIGNAL_TABLES:
+        for table in ROW_TABLES:
             batches = self._buffers[table].select(self._is_finished)
             if batches:
                 self._write_part(table, name, self._buffers[table].table(batches))
@@ -305,7 +319,7 @@ class SignalWriter:
         A replay writes segment after segment from the end of the run: a segment that is written again replaces itself.
 
         Args:
-            table: "signals", "live" or "panel".
+            table: "signals", "live", "panel" or "self".
             name: letters, digits, '.', '_' and '-', with at least one that is no digit; the file is
                 `part-<name>.parquet`.
             frame: the table's columns. Rows of steps without a row in `steps` are stored and not shown.
@@ -314,14 +328,14 @@ class SignalWriter:
             InputError: a name or columns that do not fit.
             StoreError: the disk is full or refuses the part; one of that name is as it was.
         """
-        self._check_table(table)
+        schemas.check_table(table)
         self._check_open()
         parts.check_part_name(name)
         self._write_part(table, name, schemas.conform(frame, self._schemas[table]))
 
     def clear(self, table: SignalTable) -> None:
         """Delete every part of a table of signals, e.g. before it is replayed with other settings."""
-        self._check_table(table)
+        schemas.check_table(table)
         self._check_open()
         for name in parts.part_names(self._folder, table):
             self._folder.remove(parts.part_file(table, name))
@@ -404,15 +418,3 @@ class SignalWriter:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the writer of {self.directory} is closed; continue with SignalWriter.resume")
-
-    def _check_table(self, table: str) -> None:
-        if table not in get_args(SignalTable):
-            raise InputError(f"table {table!r} is not one of {', '.join(SIGNAL_TABLES)}")
-
-    def _check_same(self, queries: tuple[str, ...], id_dtype: IdDtype) -> None:
-        for field, given, stored in (("queries", queries, self.queries), ("id_dtype", id_dtype, self.id_dtype)):
-            if given != stored:
-                raise StoreError(
-                    f"{self.directory} was started with {field} {stored!r}, not {given!r}; "
-                    "resume it with the same, or choose another directory"
-                )

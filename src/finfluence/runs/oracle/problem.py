@@ -77,10 +77,13 @@ class Problem:
     collate: Collate | None = None
     device: str | None = None
 
+    def population(self, arm: str) -> int:
+        """Number of samples that an arm's batches are cut for: all, under equal steps, else those that it trains on."""
+        return self.n if self.budget == "steps" else self.n - len(self.arms[arm].removed)
+
     def checkpoints(self, arm: str) -> tuple[int, ...]:
         """Steps after which an arm's models are measured; the last is the number of steps of its training."""
-        size = self.n if self.budget == "steps" else self.n - len(self.arms[arm].removed)
-        per_epoch = self.plan.sampler.steps_per_epoch(size, self.plan.batch_size)
+        per_epoch = self.plan.sampler.steps_per_epoch(self.population(arm), self.plan.batch_size)
         return tuple(epoch * per_epoch for epoch in self.measured)
 
     def build_model(self, job: Job) -> nn.Module:

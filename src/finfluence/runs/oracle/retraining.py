@@ -346,7 +346,9 @@ def retrain_until(
     while done < runs:
         done = min(runs, max(LEAST_RUNS, done + step_runs))
         truth = experiment.extend(done)
-        influence = truth.influence(query, estimator=estimator, level=level)
+        # the directory may hold subsets of earlier experiments, which are not this one's business
+        names = list(experiment.subsets)
+        influence = truth.influence(query, estimator=estimator, level=level).filter(pl.col("subset").is_in(names))
         widths = (influence["ci_high"] - influence["ci_low"]).fill_null(float("inf"))
         width = float(widths.to_numpy().max())
         yield Interim(done, truth, influence, width, width <= precision)

@@ -59,7 +59,7 @@ def _measurements(problem: Problem, job: Job) -> np.ndarray:
         plan=problem.plan.with_seed(job.seed),
         subset=arm.kept(problem.n) if len(arm.removed) else None,
         collate=problem.collate,
-        total_steps=checkpoints[-1],
+        population=problem.population(job.arm),
     )
     values = np.full((len(checkpoints), len(queries)), np.nan)
     for batch in engine.batches():

@@ -38,7 +38,8 @@ class BatchOrders:
         self.jobs, self.plan = list(jobs), problem.plan
         kept = {arm: problem.arms[arm].kept(problem.n) for arm in {job.arm for job in jobs}}
         self.kept = [kept[job.arm] for job in self.jobs]
-        self.per_epoch = [self.plan.sampler.steps_per_epoch(len(rows), self.plan.batch_size) for rows in self.kept]
+        self.population = [problem.population(job.arm) for job in self.jobs]
+        self.per_epoch = [self.plan.sampler.steps_per_epoch(size, self.plan.batch_size) for size in self.population]
 
     def steps(self, total: int) -> Iterator[StepBatches]:
         """The batches of steps 0 to total - 1."""
@@ -66,7 +67,13 @@ class BatchOrders:
         """Writes training m's batches of steps start to stop - 1 into the arrays, made wider where they must be."""
         kept, per_epoch = self.kept[m], self.per_epoch[m]
         for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-            batches = self.plan.sampler.epoch(len(kept), self.plan.batch_size, seed=self.jobs[m].seed, epoch=epoch)
+            batches = self.plan.sampler.epoch(
+                len(kept),
+                self.plan.batch_size,
+                seed=self.jobs[m].seed,
+                epoch=epoch,
+                population=self.population[m],
+            )
             first = max(start, epoch * per_epoch)
             last = min(stop, (epoch + 1) * per_epoch)
             batches = batches[first - epoch * per_epoch : last - epoch * per_epoch]

@@ -1,0 +1,1 @@
+"""Slow evidence: what finfluence costs and how right it is, measured. `python -m benchmarks` lists the commands."""

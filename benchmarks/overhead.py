@@ -1,0 +1,219 @@
+"""What recording costs: step time and peak memory of a recorded loop over the plain one, in one interleaved run.
+
+    python -m benchmarks.overhead                  # both models on the CPU
+    python -m benchmarks.overhead --device cuda    # on a GPU
+    python -m benchmarks.overhead --quick
+
+Step times alternate plain and recorded rounds, so that both meet the same machine; ratios are medians over rounds. Peak memory
+is that of separate processes, one plain and one recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import finfluence as fi
+from benchmarks._llama import Llama
+
+Step = Callable[[int], None]
+
+
+class Mlp:
+    """784-1024-1024-10, batch 256, one query of 64 samples."""
+
+    batch, query_size = 256, 64
+
+    def __init__(self, device: str, optimizer: str) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+        ).to(device)
+        self.x = torch.randn(self.batch, 784, device=device)
+        self.y = torch.randint(10, (self.batch,), device=device)
+        self.qx = torch.randn(self.query_size, 784, device=device)
+        self.qy = torch.randint(10, (self.query_size,), device=device)
+        self.optimizer = make_optimizer(optimizer, self.model)
+
+    def loss(self) -> Tensor:
+        return functional.cross_entropy(self.model(self.x), self.y)
+
+    def query(self, model: nn.Module) -> Tensor:
+        return functional.cross_entropy(model(self.qx), self.qy)
+
+
+class LlamaLora:
+    """Six Llama blocks with LoRA r=8, batch 8 × 128 tokens, one query of 2 × 128 tokens."""
+
+    batch, query_size = 8, 2
+
+    def __init__(self, device: str, optimizer: str) -> None:
+        torch.manual_seed(0)
+        self.model = Llama().to(device)
+        self.ids = torch.randint(4096, (self.batch, 128), device=device)
+        self.query_ids = torch.randint(4096, (self.query_size, 128), device=device)
+        self.optimizer = make_optimizer(optimizer, self.model)
+
+    def loss(self) -> Tensor:
+        return language_loss(self.model, self.ids)
+
+    def query(self, model: nn.Module) -> Tensor:
+        return language_loss(model, self.query_ids)
+
+
+def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(ids)
+    return functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=0.01) if name == "sgd" else torch.optim.AdamW(parameters, lr=1e-4)
+
+
+WORKLOADS: dict[str, type[Any]] = {"mlp": Mlp, "llama-lora": LlamaLora}
+# workload, optimizer, refresh: the rows of the table and what was aimed at
+ROWS = [
+    ("mlp", "adamw", 1, 1.75),
+    ("mlp", "adamw", 8, 1.5),
+    ("mlp", "sgd", 1, 1.4),
+    ("mlp", "sgd", 8, 1.15),
+    ("llama-lora", "adamw", 1, 1.4),
+    ("llama-lora", "adamw", 8, 1.1),
+]
+
+
+def plain_step(work: Any) -> None:
+    work.loss().backward()
+    work.optimizer.step()
+    work.optimizer.zero_grad()
+
+
+def recorded_step(work: Any, recorder: Any, number: int) -> None:
+    ids = torch.arange(work.batch) + work.batch * number
+    with recorder.batch(ids):
+        work.loss().backward()
+    work.optimizer.step()
+    work.optimizer.zero_grad()
+
+
+def timed(action: Callable[[], None], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def ratio(name: str, optimizer: str, refresh: int, *, device: str, rounds: int) -> tuple[float, float]:
+    """Median over rounds of (recorded / plain) step time, a round being 8 steps of each; and the plain step in ms."""
+    plain, recorded = WORKLOADS[name](device, optimizer), WORKLOADS[name](device, optimizer)
+    ratios, plain_times = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        recorder = fi.Recorder(
+            recorded.model,
+            recorded.optimizer,
+            queries={"query": recorded.query},
+            directory=Path(scratch) / "run",
+            refresh=refresh,
+        )
+        number = 0
+        with recorder:
+            for k in range(rounds + 1):
+                a = b = 0.0
+                for _ in range(8):
+                    a += timed(lambda: plain_step(plain), device)
+                    b += timed(lambda n=number: recorded_step(recorded, recorder, n), device)
+                    number += 1
+                if k:  # the first round warms up
+                    ratios.append(b / a)
+                    plain_times.append(a / 8 * 1e3)
+    return statistics.median(ratios), statistics.median(plain_times)
+
+
+def peak_memory(name: str, optimizer: str, mode: str, device: str) -> float:
+    """Peak of a fresh process in MB: resident memory on the CPU, allocated memory on a GPU."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--peak", name, optimizer, mode, "--device", device]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def report_peak(name: str, optimizer: str, mode: str, device: str) -> None:
+    work = WORKLOADS[name](device, optimizer)
+    steps = 9
+    if mode == "plain":
+        for _ in range(steps):
+            plain_step(work)
+    else:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            fi.Recorder(
+                work.model, work.optimizer, queries={"query": work.query}, directory=Path(scratch) / "run"
+            ) as recorder,
+        ):
+            for k in range(steps):
+                recorded_step(work, recorder, k)
+    if device == "cpu":
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    else:
+        print(torch.cuda.max_memory_allocated() / 1e6)
+
+
+def import_seconds(module: str) -> float:
+    """Best of five fresh interpreters, without the interpreter's own start."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(5)]
+    return min(float(run.stdout) for run in runs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--quick", action="store_true", help="two rounds, no memory")
+    parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
+    parser.add_argument("--peak", nargs=3, metavar=("WORKLOAD", "OPTIMIZER", "MODE"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.peak:
+        report_peak(*options.peak, options.device)
+        return
+    rounds = 2 if options.quick else options.rounds
+    where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}\n")
+    print("| workload | optimizer | query refreshed | recorded / plain step | aim | plain step |\n|---|---|---|---|---|---|")
+    figures: list[dict[str, Any]] = []
+    for name, optimizer, refresh, aim in ROWS:
+        found, plain = ratio(name, optimizer, refresh, device=options.device, rounds=rounds)
+        every = "every step" if refresh == 1 else f"every {refresh} steps"
+        print(f"| {name} | {optimizer} | {every} | {found:.2f} | ≤ {aim} | {plain:.1f} ms |", flush=True)
+        figures.append({"workload": name, "optimizer": optimizer, "refresh": refresh, "ratio": found, "plain_ms": plain})
+    if not options.quick:
+        print("\n| workload | optimizer | peak memory plain | recorded | ratio | aim |\n|---|---|---|---|---|---|")
+        for name, optimizer in (("mlp", "adamw"), ("mlp", "sgd"), ("llama-lora", "adamw")):
+            a, b = (peak_memory(name, optimizer, mode, options.device) for mode in ("plain", "recorded"))
+            print(f"| {name} | {optimizer} | {a:.0f} MB | {b:.0f} MB | {b / a:.2f} | ≤ 1.2 |", flush=True)
+            figures.append({"workload": name, "optimizer": optimizer, "peak_plain_mb": a, "peak_recorded_mb": b})
+    seconds = import_seconds("finfluence")
+    print(f"\nimport finfluence: {seconds:.3f} s (aim ≤ 0.5 s)")
+    figures.append({"import_seconds": seconds})
+    if options.output:
+        options.output.write_text(json.dumps({"machine": where, "rows": figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`finfluence score`: influence of samples, groups or a subset of a recorded run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import polars as pl
+import typer
+
+from finfluence.cli._output import Format, print_table, write_frame
+from finfluence.errors import InputError
+from finfluence.runs.run import Run, RunEstimator, open_run
+from finfluence.tradeoff import SIGN_CONVENTION
+
+
+def read_ids(path: Path, run: Run) -> list[Any]:
+    """Sample ids from a file: one a line, or the column "sample" of a CSV, JSON-lines or Parquet file.
+
+    Raises:
+        InputError: the file cannot be read, has no ids, or ids of another type than the run's.
+    """
+    try:
+        if path.suffix in (".csv", ".jsonl", ".ndjson", ".parquet"):
+            readers = {".csv": pl.read_csv, ".parquet": pl.read_parquet}
+            frame = readers.get(path.suffix, pl.read_ndjson)(path)
+            if "sample" not in frame.columns:
+                raise InputError(f"{path} has no column 'sample' (columns: {', '.join(frame.columns)})")
+            ids: list[Any] = frame["sample"].to_list()
+        else:
+            ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"cannot read the subset file {path}: {error}") from error
+    if not ids:
+        raise InputError(f"the subset file {path} holds no ids; write one sample id a line")
+    if run.store.id_dtype == "str":
+        return [str(i) for i in ids]
+    try:
+        return [int(i) for i in ids]
+    except (TypeError, ValueError):
+        wrong = next(i for i in ids if not str(i).lstrip("-").isdigit())
+        raise InputError(f"{path} holds the id {wrong!r}, but the run's ids are integers") from None
+
+
+def choose_query(run: Run, query: str | None) -> str:
+    """The query that was asked for, or the run's only one."""
+    if query is not None:
+        return run.store.check_query(query)
+    if len(run.queries) == 1:
+        return run.queries[0]
+    raise InputError(f"the run has several queries; choose one with --query: {', '.join(run.queries)}")
+
+
+def score(
+    run: Annotated[str, typer.Argument(help="Run directory or fsspec URL.")],
+    query: Annotated[str | None, typer.Option(help="Query to score; may be left out where there is one.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column of the sample table to group by.")] = None,
+    subset: Annotated[
+        Path | None, typer.Option(help="File of sample ids (one a line, or a 'sample' column): score them as one subset.")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="gaussian, tracin, max, median, two-stage-gaussian or clopper-pearson.")
+    ] = "gaussian",
+    format: Annotated[str, typer.Option(help="table, csv, json (lines) or parquet.")] = "table",
+    top: Annotated[int, typer.Option(help="Rows of the table; other formats have all rows.")] = 20,
+    sensitivity: Annotated[str, typer.Option(help="run, or live for the live signals beside a replay.")] = "run",
+) -> None:
+    """Influence of every sample, of groups, or of one subset, in units of training noise.
+
+    Example: finfluence score runs/demo --query validation --group label
+    """
+    if format not in ("table", "csv", "json", "parquet"):
+        raise InputError(f"unknown format {format!r}; choose table, csv, json or parquet")
+    opened = open_run(run)
+    name = choose_query(opened, query)
+    if subset is not None and group is not None:
+        raise InputError("give --subset or --group, not both")
+    subsets = None if subset is None else {subset.stem: read_ids(subset, opened)}
+    frame = opened.influence(
+        name,
+        subsets=subsets,
+        groups=group,
+        estimator=cast(RunEstimator, estimator),
+        sensitivity=cast(Any, sensitivity),
+    )
+    if format != "table":
+        write_frame(frame, cast(Format, format))
+        return
+    if "sample" in frame.columns:
+        about = opened.samples().select(pl.col("sample"), pl.exclude("sample", *frame.columns))
+        frame = frame.join(about, on="sample", how="left", maintain_order="left")
+    ordered = frame.sort("mu", nulls_last=True)
+    print(SIGN_CONVENTION)
+    print_table(ordered.head(top), title=f"Influence on {name!r}, most harmful first")
+    if frame.height > top:
+        print(f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.", file=sys.stderr)

@@ -1,0 +1,138 @@
+"""What one micro-batch contributes to a step of the replay: per-sample signals and Hessian-vector products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finfluence.gradients import Direction, HookedDerivatives
+from finfluence.runs.engine import Engine
+from finfluence.sensitivity import ExactHessian, HessianMethod, Layout, batch_hessian
+
+
+class Terms(NamedTuple):
+    """What `BatchTerms.evaluate` found.
+
+    Attributes:
+        values: (b, n_queries) signals.
+        curvature: (n_queries, size) Hessian-vector products.
+        gradient: (size,) of the micro-batch's share of the loss.
+        loss: that share.
+    """
+
+    values: Tensor
+    curvature: Tensor
+    gradient: Tensor
+    loss: float
+
+
+def directions_of(layout: Layout, q: Tensor) -> list[Direction]:
+    """Flat sensitivities, (n_queries, size), as one direction a query."""
+    rows = {name: tensor.unbind(0) for name, tensor in layout.unflatten(q).items()}
+    return [Direction({name: tensors[k] for name, tensors in rows.items()}) for k in range(len(q))]
+
+
+class BatchTerms(Protocol):
+    """A way to evaluate a micro-batch."""
+
+    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+        """The terms of one micro-batch.
+
+        Args:
+            indices: (b,) rows of the dataset.
+            denominator: of the sum of losses.
+            theta: (size,) the parameters, where the model stands too.
+            q: (n_queries, size) sensitivities.
+
+        Returns:
+            The terms; the random state is as one forward pass leaves it.
+        """
+        ...
+
+
+class ExactTerms:
+    """By one double backward: ⟨∇L, q⟩ differentiated by the parameters is H q, by the samples' weights the signals.
+
+    Args:
+        engine: the training.
+        layout: of the flat vectors.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout) -> None:
+        self.engine, self.layout = engine, layout
+
+    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+        """See `BatchTerms`."""
+        engine, seen = self.engine, []
+        weights = theta.new_full((len(indices),), 1.0 / denominator)
+        # Derivatives by the weights are per unit of weight, and every sample has the same.
+        weights.requires_grad_()
+
+        def loss(_: Any) -> Tensor:
+            value = (engine.losses(engine.model, indices) * weights).sum()
+            seen.append(float(value.detach()))
+            return value
+
+        hessian = ExactHessian(theta, self.layout, loss, leaves=engine.parameters, weights=weights)
+        curvature, derivatives = hessian.products(q)
+        return Terms(derivatives.mT / denominator, curvature, hessian.gradient, seen[0])
+
+
+class DifferenceTerms:
+    """Hooks for the signals, finite differences of the gradient for the products: no second derivative is needed.
+
+    Args:
+        engine: the training.
+        layout: of the flat vectors.
+        method: "one-sided" or "central".
+        hooks: on the engine's model.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout, *, method: HessianMethod, hooks: HookedDerivatives) -> None:
+        self.engine, self.layout, self.hooks = engine, layout, hooks
+        self.method: HessianMethod = method
+        self._precision = torch.bfloat16 if engine.plan.precision == "bfloat16-autocast" else None
+
+    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+        """See `BatchTerms`."""
+        engine, seen = self.engine, []
+        leaves = list(engine.parameters.values())
+        before = _random_state(engine.device)
+
+        def gradient(parameters: Any) -> dict[str, Tensor]:
+            # Every evaluation of this micro-batch sees the dropout masks of the training.
+            _set_random_state(engine.device, before)
+            with torch.no_grad():
+                for name, value in parameters.items():
+                    engine.parameters[name].copy_(value)
+            loss = engine.losses(engine.model, indices).sum() / denominator
+            seen.append(float(loss.detach()))
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            return dict(zip(engine.parameters, found, strict=True))
+
+        hessian = batch_hessian(
+            self.layout.unflatten(theta),
+            gradient=gradient,
+            method=self.method,
+            layout=self.layout,
+            precision=self._precision,
+        )
+        with self.hooks.record(directions_of(self.layout, q), len(indices)) as recording:
+            at_theta = hessian.gradient  # evaluated here, so that the hooks see its backward pass
+        after = _random_state(engine.device)
+        curvature = hessian.product(q)
+        _set_random_state(engine.device, after)
+        return Terms(recording.values, curvature, at_theta, seen[0])
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

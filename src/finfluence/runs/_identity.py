@@ -1,0 +1,70 @@
+"""The signal identity Σ_i x_{i,t} = ⟨q_t, ḡ_t⟩, and what clipping or AMP did to the gradient before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finfluence.gradients import Direction
+
+# A ratio of two float32 norms over millions of entries is this exact; closer to 1 means that nothing happened.
+_SAME = 1e-5
+_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION_LIMIT = 2e-2
+
+
+@dataclass(frozen=True)
+class GradientFingerprint:
+    """Euclidean norm of the gradient, by which a later rescaling (clipping, AMP) is found."""
+
+    norm: Tensor
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter]) -> GradientFingerprint:
+        """The fingerprint of what is in `.grad` now."""
+        norms = [_norm(p.grad) for p in parameters.values() if p.grad is not None]
+        if not norms:
+            return cls(torch.zeros(()))
+        # in float64: the sum of squares of large gradients under AMP overflows float32
+        return cls(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])))
+
+    def ratio(self, before: GradientFingerprint) -> float:
+        """Factor that turned `before` into this gradient; exactly 1 where they are the same to rounding."""
+        old, new = float(before.norm), float(self.norm)
+        if old == 0.0:
+            return 1.0
+        factor = new / old
+        return 1.0 if abs(factor - 1.0) < _SAME else factor
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    # float16 norms overflow at 65,504, and AMP scales gradients by as much
+    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def identity_residual(values: Tensor, directions: Sequence[Direction], parameters: Mapping[str, nn.Parameter]) -> float:
+    """Relative residual of the signal identity, the largest over queries.
+
+    Args:
+        values: (b, n_queries) float64 signals of the step.
+        directions: sensitivities, one a query.
+        parameters: trainable parameters with `.grad` as the optimizer is about to see it.
+
+    Returns:
+        max_k |Σ_i x_ik − ⟨q_k, ḡ⟩| / max(|⟨q_k, ḡ⟩|, Σ_i |x_ik|); 0 where both sides are 0.
+    """
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    expected = torch.stack([torch.as_tensor(d.dot(gradients)).double().cpu() for d in directions])
+    values = values.cpu()
+    scale = torch.maximum(expected.abs(), values.abs().sum(0))
+    difference = (values.sum(0) - expected).abs()
+    return float(torch.where(scale > 0, difference / scale, difference).max())
+
+
+def tolerance(parameters: Mapping[str, nn.Parameter]) -> float:
+    """Residual above which the recording is suspect, by the coarsest dtype of the trainable parameters."""
+    return max(_LIMITS.get(p.dtype, _LOW_PRECISION_LIMIT) for p in parameters.values())

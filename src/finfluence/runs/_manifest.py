@@ -1,0 +1,71 @@
+"""What run.json says about a run: how it was trained, with what, where."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+
+from finfluence.runs.plan import Plan
+from finfluence.runs.sampling import Sampler
+from finfluence.tradeoff import SIGN_CONVENTION
+
+SensitivityKind = Literal["live", "replay", "both"]
+SignalKind = Literal["batch", "full"]
+_PACKAGES = ("finfluence", "torch", "numpy", "polars", "pyarrow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, enough to see why two runs differ."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return {
+        "versions": versions,
+        "environment": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "command": sys.argv[0],
+        },
+    }
+
+
+def describe_run(
+    *,
+    optimizer: torch.optim.Optimizer,
+    sampler: Sampler,
+    seed: int | None,
+    sensitivity: SensitivityKind,
+    signals: SignalKind,
+) -> dict[str, Any]:
+    """The entries that every recorded run has."""
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    return {
+        "optimizer": {"name": type(optimizer).__name__}
+        | {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in group.items()},
+        "sampler": sampler.kind,
+        "drop_last": sampler.drop_last,
+        "seed": seed,
+        "sensitivity": sensitivity,
+        "signals": signals,
+        "sign_convention": SIGN_CONVENTION,
+    }
+
+
+def describe_plan(plan: Plan, n: int) -> dict[str, Any]:
+    """The entries of a run that `train` made, from which its plan can be read back."""
+    return {
+        "plan": plan.as_dict(),
+        "n_samples": n,
+        "batch_size": plan.batch_size,
+        "epochs": plan.epochs,
+        "total_steps": plan.steps(n),
+    }

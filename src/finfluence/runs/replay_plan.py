@@ -1,0 +1,204 @@
+"""How a recorded run is walked backwards, and what that will need, said before it starts."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import psutil
+import torch
+
+from finfluence.errors import InputError
+from finfluence.sensitivity import (
+    DEFAULT_DAMPING,
+    EXACT_LIMIT,
+    AdjointOptions,
+    ClipDerivative,
+    HessianMethod,
+    SecondMoment,
+)
+
+# Share of the free memory that a segment's states may take before they go to a file.
+_MEMORY_SHARE = 0.25
+# Batch gradients that one Hessian-vector product costs; several exact products of a small model share their overhead.
+_PRODUCT_COST = {"exact": 1.5, "one-sided": 1.0, "central": 2.0}
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """How a recorded run is walked backwards.
+
+    Attributes:
+        damping: κ of the damped Adam adjoint, see `finfluence.sensitivity.AdjointOptions`; SGD ignores it.
+        second_moment: "constant" holds Adam's second moment fixed in the derivative; "exact" differentiates it too,
+            which with damping 0 is the true derivative of the run, for checks on small smooth problems.
+        hessian: Hessian-vector products: "exact", "one-sided" or "central" differences of the gradient, or "auto":
+            exact for models of up to a million parameters, one-sided above.
+        clip_derivative: whether the factor of gradient clipping is taken as "constant" or differentiated ("exact").
+        tolerance: relative difference between re-executed and stored parameters above which the replay stops; None for
+            1e-5 in float32, 1e-12 in float64 and 1e-3 in lower precision.
+        divergence: growth of a query's adjoint, relative to the gradient it started from, above which the query gets no
+            scores; see `finfluence.sensitivity.AdjointMonitor`. `float("inf")` accepts any finite one.
+        caution: growth above which a `FinfluenceWarning` is given.
+        memory_bytes: what the states of one segment may take in memory before they go to a file; None for a
+            quarter of what is free.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    damping: float = DEFAULT_DAMPING
+    second_moment: SecondMoment = "constant"
+    hessian: HessianMethod = "auto"
+    clip_derivative: ClipDerivative = "constant"
+    tolerance: float | None = None
+    divergence: float = 30.0
+    caution: float = 5.0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.damping) or self.damping < 0:
+            raise InputError(f"damping is {self.damping!r}; give a finite number >= 0, e.g. {DEFAULT_DAMPING}")
+        for name, kinds in (
+            ("second_moment", SecondMoment),
+            ("hessian", HessianMethod),
+            ("clip_derivative", ClipDerivative),
+        ):
+            if getattr(self, name) not in get_args(kinds):
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(get_args(kinds))}")
+        for name in ("divergence", "caution"):
+            if not getattr(self, name) > 1:
+                raise InputError(f"{name} is {getattr(self, name)!r}; give a number > 1")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise InputError(f"tolerance must be positive, got {self.tolerance!r}")
+        if self.memory_bytes is not None and self.memory_bytes < 0:
+            raise InputError(f"memory_bytes must not be negative, got {self.memory_bytes!r}")
+
+    @property
+    def adjoint(self) -> AdjointOptions:
+        """What concerns the optimizer's derivative alone."""
+        return AdjointOptions(damping=self.damping, second_moment=self.second_moment)
+
+    def method(self, model_size: int) -> Literal["exact", "one-sided", "central"]:
+        """The Hessian-vector product for a model with this many parameters, frozen ones included."""
+        if self.hessian != "auto":
+            return self.hessian
+        return "exact" if model_size <= EXACT_LIMIT else "one-sided"
+
+    def memory_budget(self, device: torch.device | None = None) -> int:
+        """Bytes that a segment's states may take in memory, on the device where the model is."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        cuda = device is not None and device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+        return int(_MEMORY_SHARE * free)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the signals depend on, JSON-ready; a replay with the same goes on where another stopped."""
+        found = asdict(self)
+        for name in ("tolerance", "caution", "memory_bytes"):
+            del found[name]
+        return found | {"divergence": str(self.divergence)}
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """What a replay will need.
+
+    Attributes:
+        steps: optimizer steps to walk back.
+        segments: stretches between stored states.
+        queries: queries, each with Hessian-vector products of its own.
+        hessian: how they are computed.
+        panel_evaluations: per-sample gradients for the panel or for full signals, over the whole run.
+        gradients: forward and backward passes of a batch, over the whole run.
+        memory_bytes: states of the longest segment, and the adjoints.
+        spills: whether those states go to a file.
+        disk_bytes: stored states and signals.
+        seconds: expected time at most, from the recorded training's own; None where that is not known.
+    """
+
+    steps: int
+    segments: int
+    queries: int
+    hessian: str
+    panel_evaluations: int
+    gradients: float
+    memory_bytes: int
+    spills: bool
+    disk_bytes: int
+    seconds: float | None
+
+    @classmethod
+    def estimate(
+        cls,
+        options: ReplayOptions,
+        *,
+        cuts: list[int],
+        queries: int,
+        batch_size: int,
+        panel_evaluations: int,
+        vectors: int,
+        vector_bytes: int,
+        model_size: int,
+        training_seconds: float | None,
+    ) -> ReplayPlan:
+        """Works out the needs.
+
+        Args:
+            options: of the replay.
+            cuts: steps before which a state is stored.
+            queries: number of queries.
+            batch_size: samples a step.
+            panel_evaluations: per-sample gradients on the panel.
+            vectors: vectors kept for each step of a segment.
+            vector_bytes: bytes of one of them, as large as the trainable parameters.
+            model_size: number of the model's parameters, frozen ones included.
+            training_seconds: what the recorded training took; None where that is not known.
+        """
+        steps = cuts[-1] - cuts[0]
+        longest = max(b - a for a, b in itertools.pairwise(cuts))
+        states = longest * vectors * vector_bytes
+        method = options.method(model_size)
+        gradients = steps * (2 + _PRODUCT_COST[method] * queries) + panel_evaluations / batch_size
+        rows = steps * batch_size + panel_evaluations
+        # one adjoint, sensitivity and product a query, and as much again for each slot of the optimizer's state
+        adjoints = queries * (3 + max(0, vectors - 2)) * vector_bytes
+        return cls(
+            steps=steps,
+            segments=len(cuts) - 1,
+            queries=queries,
+            hessian=method,
+            panel_evaluations=panel_evaluations,
+            gradients=gradients,
+            memory_bytes=states + adjoints,
+            spills=states > options.memory_budget(),
+            disk_bytes=len(cuts) * max(1, vectors - 1) * vector_bytes + rows * (16 + 4 * queries),
+            seconds=None if training_seconds is None else gradients * training_seconds / steps,
+        )
+
+    def __str__(self) -> str:
+        where = "in a file" if self.spills else "in memory"
+        time = "" if self.seconds is None else f", at most about {_duration(self.seconds)}"
+        return (
+            f"replay: {self.steps} steps in {self.segments} segments, {self.queries} "
+            f"{'query' if self.queries == 1 else 'queries'}, Hessian products {self.hessian}, "
+            f"{self.gradients:.0f} batch gradients{time}; {_size(self.memory_bytes)} {where}, "
+            f"{_size(self.disk_bytes)} on disk"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

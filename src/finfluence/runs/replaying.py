@@ -1,0 +1,360 @@
+"""`replay`: the derivative of the whole recorded run, by walking it backwards.
+
+λ_T = ∇m(θ_T); then, step by step, (λ_θ, λ_s, q_t) is the vjp of the optimizer's update and λ_t = λ_θ + H_t q_t, with
+H_t q_t the Hessian-vector product of the batch's loss (reverse mode through training, as in MAGIC, arXiv 2504.16430).
+The signals x_{i,t} = ⟨q_t, w_i ∇ℓ_i(θ_t)⟩ then say what sample i's share of step t did to the *final* measurement.
+Memory is O(√T) states: each segment between stored states is re-executed forwards before it is walked back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from finfluence.errors import FinfluenceError, FinfluenceWarning, InputError, ReplayError
+from finfluence.gradients import check_model, query_gradient
+from finfluence.runs._progress import ShowProgress, progress
+from finfluence.runs._replay_store import ReplayStore, query_norms
+from finfluence.runs._segment import SegmentWalker, StepSignals
+from finfluence.runs._trajectory import kept_vectors
+from finfluence.runs.data import Collate, dataset_size, query_batches
+from finfluence.runs.engine import Engine, isolated_rng
+from finfluence.runs.panel import NoisePanel, full_panel
+from finfluence.runs.plan import Plan
+from finfluence.runs.replay_plan import ReplayOptions, ReplayPlan
+from finfluence.runs.run import Run, open_run
+from finfluence.runs.sampling import Batch
+from finfluence.runs.states import StateStore, restore_training_state
+from finfluence.runs.tasks import Task
+from finfluence.sensitivity import AdjointMonitor, FlatUpdate, States
+from finfluence.signals import Folder, SignalStore, SignalWriter, open_folder
+
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_LOW_PRECISION_TOLERANCE = 1e-3
+# Segments of a small model take milliseconds, and making one durable takes as long.
+COMMIT_SECONDS = 1.0
+_COMMIT_ROWS = 1 << 20
+
+
+def replay(
+    directory: str | os.PathLike[str],
+    task: Task,
+    model: nn.Module,
+    *,
+    dataset: Any,
+    queries: Mapping[str, Any],
+    collate: Collate | None = None,
+    options: ReplayOptions | None = None,
+    writer: SignalWriter | None = None,
+    show_progress: ShowProgress = "auto",
+) -> Run:
+    """Walks a recorded run backwards and writes calibrated signals for every query.
+
+    A replay that was killed goes on at the last finished segment; one that has finished is not repeated. Other options
+    or other queries than those of the replay that is there start it anew.
+
+    Args:
+        directory: a run recorded by `train` with sensitivity "replay" or "both".
+        task: as at recording.
+        model: a model of the same architecture, in the mode (train or eval) of the recording; its parameters end up as
+            those of the finished training.
+        dataset: as at recording.
+        queries: data of each recorded query by name.
+        collate: as at recording.
+        options: damping, Hessian-vector products, memory.
+        writer: the run's open store, where the caller has one.
+        show_progress: "auto" prints the plan and shows a bar on a terminal's standard error; "never" is silent.
+
+    Returns:
+        The run, with its signals. A query whose adjoint diverged has NaN for signals, and `Run.influence` refuses it.
+
+    Raises:
+        ReplayError: re-execution differs from the recorded run, the adjoint of every query diverges, or the run has no
+            states.
+        InputError: other queries or another number of samples than recorded.
+        StoreError: the directory is not a run, or cannot be written.
+    """
+    options = options or ReplayOptions()
+    folder = open_folder(directory)
+    owned = writer is None
+    writer = writer or SignalWriter.resume(directory)
+    try:
+        job = _Replay(
+            folder, writer, task=task, model=model, dataset=dataset, queries=queries, collate=collate, options=options
+        )
+        if show_progress == "auto" and sys.stderr.isatty():
+            print(job.plan, file=sys.stderr)
+        with isolated_rng(job.engine.device):
+            job.run(show_progress)
+    except BaseException:
+        if owned:
+            with contextlib.suppress(FinfluenceError):
+                writer.close("failed")
+        raise
+    if owned:
+        writer.close("finished")
+        return open_run(directory)
+    return open_run(directory, partial=True)
+
+
+def plan_replay(
+    directory: str | os.PathLike[str], model: nn.Module, *, options: ReplayOptions | None = None
+) -> ReplayPlan:
+    """What a replay of a recorded run will need, without doing it.
+
+    Args:
+        directory: a run recorded by `train` with sensitivity "replay" or "both", its training finished.
+        model: a model of the same architecture.
+        options: of the replay.
+
+    Returns:
+        Time, memory and disk.
+
+    Raises:
+        ReplayError: the run has no states, or its training has not finished.
+        StoreError: the directory is not a run.
+    """
+    recording = _Recording(open_folder(directory), SignalStore.open(directory, partial=True).manifest)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    update = FlatUpdate(parameters, recording.plan.optimizer.rule)
+    return recording.estimate(update, model, options or ReplayOptions())
+
+
+class _Recording:
+    """What run.json and the stored states say of the training that is to be replayed."""
+
+    def __init__(self, folder: Folder, manifest: Mapping[str, Any]) -> None:
+        if "plan" not in manifest or manifest.get("sensitivity") not in ("replay", "both"):
+            raise ReplayError(
+                f"{folder.display} was not recorded for a replay; record it with "
+                "finfluence.train(..., sensitivity='replay')"
+            )
+        self.folder = folder
+        self.manifest = manifest
+        self.plan = Plan.from_dict(manifest["plan"])
+        self.n = int(manifest["n_samples"])
+        self.steps = self.plan.steps(self.n)
+        self.queries: list[str] = list(manifest["queries"])
+        sizes = manifest["panel"]
+        full = manifest["signals"] == "full"
+        panel = full_panel(self.n, sizes["positions"]) if full else NoisePanel(**sizes)
+        self.panel = panel if panel.samples else None
+        self.states = StateStore(folder)
+        self.cuts = self.states.steps()
+        if not self.cuts or self.cuts[-1] != self.steps or self.cuts[0] != 0:
+            raise ReplayError(
+                f"{folder.display} has states up to step {self.cuts[-1] if self.cuts else 'none'} of {self.steps}; "
+                "finish the training first (train with exist='resume')"
+            )
+
+    def estimate(self, update: FlatUpdate, model: nn.Module, options: ReplayOptions) -> ReplayPlan:
+        """What the replay will need."""
+        plan, evaluations = self.plan, 0
+        if self.panel is not None:
+            positions = min(self.panel.positions, plan.sampler.steps_per_epoch(self.n, plan.batch_size))
+            evaluations = min(self.panel.samples, self.n) * positions * plan.epochs
+        clip_exactly = plan.clip_norm is not None and options.clip_derivative == "exact"
+        itemsize = next(p.dtype.itemsize for p in model.parameters() if p.requires_grad)
+        return ReplayPlan.estimate(
+            options,
+            cuts=self.cuts,
+            queries=len(self.queries),
+            batch_size=plan.batch_size,
+            panel_evaluations=evaluations,
+            vectors=kept_vectors(update, clip_exactly=clip_exactly),
+            vector_bytes=update.layout.size * itemsize,
+            model_size=sum(p.numel() for p in model.parameters()),
+            training_seconds=self.manifest.get("training_seconds"),
+        )
+
+    def losses(self, steps: Sequence[int]) -> dict[int, float | None]:
+        """Recorded mean losses by step."""
+        table = SignalStore.open(self.folder.display, partial=True).steps()
+        frame = table.filter(pl.col("step").is_in(list(steps))).select("step", "loss").collect()
+        return dict(zip(frame["step"].to_list(), frame["loss"].to_list(), strict=True))
+
+
+class _Replay:
+    def __init__(
+        self,
+        folder: Folder,
+        writer: SignalWriter,
+        *,
+        task: Task,
+        model: nn.Module,
+        dataset: Any,
+        queries: Mapping[str, Any],
+        collate: Collate | None,
+        options: ReplayOptions,
+    ) -> None:
+        self.recording = recording = _Recording(folder, writer.manifest)
+        self.options, self.task = options, task
+        if dataset_size(dataset) != recording.n:
+            raise InputError(
+                f"the run was recorded on {recording.n} samples, the dataset has {dataset_size(dataset)}; "
+                "give the dataset of the recording"
+            )
+        if list(queries) != recording.queries:
+            raise InputError(f"the run was recorded for the queries {recording.queries}, got {list(queries)}")
+        check_model(model)
+        self.engine = Engine(task, model, dataset=dataset, plan=recording.plan, collate=collate)
+        self.update = FlatUpdate(self.engine.parameters, recording.plan.optimizer.rule)
+        self.batches = query_batches(queries, collate=collate, device=self.engine.device)
+        self.store = ReplayStore(folder, writer, queries=recording.queries)
+        self.plan = recording.estimate(self.update, model, options)
+
+    def run(self, show: ShowProgress) -> None:
+        """Walks all segments that are not finished, last first."""
+        self._restore(self.recording.cuts[-1])
+        adjoint, state = self._gradients(), None
+        norms = query_norms(adjoint)
+        self.store.begin(self.options.as_dict(), norms)
+        entry = self.store.entry
+        if entry["finished"]:
+            return
+        self.mismatch, self.residual = float(entry["largest_mismatch"]), float(entry["largest_residual"])
+        end = self.store.committed()
+        if end is not None:
+            adjoint, state = self.store.load(end, self.update, like=adjoint)
+        names = self.recording.queries
+        monitor = AdjointMonitor(
+            factor=self.options.divergence, caution=self.options.caution, queries=names, first=norms
+        )
+        walker = SegmentWalker(
+            self.engine,
+            self.update,
+            options=self.options,
+            panel=self.recording.panel,
+            monitor=monitor,
+            diverged=dict(entry["diverged"]),
+        )
+        try:
+            self._sweep(walker, self.engine.total_steps if end is None else end, adjoint, state=state, show=show)
+        except ReplayError:
+            if len(walker.diverged) == len(names):
+                self.store.forget()
+            raise
+        finally:
+            walker.close()
+        self._restore(self.recording.cuts[-1])
+        self.store.finish()
+        for query, message in walker.diverged.items():
+            warnings.warn(
+                f"{message}; {query!r} has no scores, the other queries have", FinfluenceWarning, stacklevel=3
+            )
+
+    def _restore(self, step: int) -> None:
+        restore_training_state(self.engine.model, self.engine.optimizer, self.recording.states.load(step))
+
+    def _gradients(self) -> Tensor:
+        """(n_queries, size) ∇m at the end of the training, where the model is."""
+        zeros = {name: torch.zeros_like(p) for name, p in self.engine.parameters.items()}
+        rows = [
+            query_gradient(self.engine.model, self.engine.parameters, functools.partial(self._measure, batch)).tensors
+            for batch in self.batches.values()
+        ]
+        return torch.stack([self.update.layout.flatten(zeros | dict(row)) for row in rows])
+
+    def _measure(self, batch: Any, model: nn.Module) -> Tensor:
+        with self.engine.autocast():
+            return self.task.measure(model, batch)
+
+    def _sweep(
+        self, walker: SegmentWalker, end: int, adjoint: Tensor, *, state: States | None, show: ShowProgress
+    ) -> None:
+        """Walks from step `end` to the beginning."""
+        cuts = [cut for cut in self.recording.cuts if cut <= end]
+        total = 2 * self.engine.total_steps
+        found: list[StepSignals] = []
+        members = None if self.recording.panel is None else walker.members
+        began, rows = time.monotonic(), 0
+        with progress("replaying", total=total, done=total - 2 * end, show=show) as advance:
+            for first, last in zip(cuts[-2::-1], cuts[:0:-1], strict=True):
+                adjoint, state, own = self._segment(walker, first, last, adjoint=adjoint, state=state, advance=advance)
+                found = own + found
+                rows += sum(len(s.values) + (0 if s.panel is None else len(s.panel)) for s in own)
+                if first and time.monotonic() - began < COMMIT_SECONDS and rows < _COMMIT_ROWS:
+                    continue
+                self._check_residuals(found, walker)
+                fields = {
+                    "diverged": walker.diverged,
+                    "largest_mismatch": self.mismatch,
+                    "largest_residual": self.residual,
+                }
+                self.store.commit(first, end, found=found, members=members, adjoint=adjoint, state=state, fields=fields)
+                end, found, rows, began = first, [], 0, time.monotonic()
+
+    def _segment(
+        self, walker: SegmentWalker, first: int, last: int, *, adjoint: Tensor, state: States | None, advance: Any
+    ) -> tuple[Tensor, States, list[StepSignals]]:
+        """Re-executes and walks back the steps first … last − 1."""
+        engine = self.engine
+        self._restore(first)
+        batches = list(itertools.islice(engine.batches(first), last - first))
+        budget = self.options.memory_budget(engine.device)
+        path, losses = walker.forwards(batches, budget=budget, advance=advance)
+        with contextlib.closing(path):
+            self._compare(walker.flat_parameters(), last, batches, losses)
+            return walker.backwards(batches, path, losses, adjoint=adjoint, adjoint_state=state, advance=advance)
+
+    def _compare(self, theta: Tensor, step: int, batches: Sequence[Batch], losses: Sequence[float]) -> None:
+        stored = self.recording.states.load(step)
+        expected = self.update.layout.flatten({n: stored[f"parameter/{n}"] for n in self.update.layout.names}).to(theta)
+        scale = torch.linalg.vector_norm(expected).clamp(min=1e-30)
+        difference = float(torch.linalg.vector_norm(theta - expected) / scale)
+        limit = self.options.tolerance
+        if limit is None:
+            low = self.recording.plan.precision == "bfloat16-autocast"
+            limit = _LOW_PRECISION_TOLERANCE if low else _TOLERANCE.get(theta.dtype, _LOW_PRECISION_TOLERANCE)
+        self.mismatch = max(self.mismatch, difference)
+        if difference <= limit:
+            return
+        recorded = self.recording.losses([b.step for b in batches])
+        wrong = (
+            b.step
+            for b, loss in zip(batches, losses, strict=True)
+            if (known := recorded.get(b.step)) is not None and abs(loss - known) > 1e-6 * (1 + abs(known))
+        )
+        found = next(wrong, None)
+        where = f"found at the state before step {step}" if found is None else f"losses differ from step {found} on"
+        then, now = self.recording.manifest.get("environment", {}).get("threads"), torch.get_num_threads()
+        threads = "" if then in (None, now) else f" (recorded with {then} threads, now {now})"
+        raise ReplayError(
+            f"the re-executed parameters differ from the recorded ones by {difference:.1e} (limit {limit:.0e}); "
+            f"{where}. Usual causes: the data changed or are transformed at random, the model is built differently or "
+            f"is in another mode (train, eval), another machine or number of threads{threads}, non-deterministic "
+            "kernels; if the size is harmless, raise ReplayOptions.tolerance"
+        )
+
+    def _check_residuals(self, found: Sequence[StepSignals], walker: SegmentWalker) -> None:
+        names = self.recording.queries
+        residual, step, query = max(
+            (r, s.batch.step, q) for s in found for r, q in zip(s.residuals, names, strict=True)
+        )
+        if residual > walker.limit >= self.residual:
+            uncovered = "a parameter is used outside its module, where hooks do not see it, or "
+            warnings.warn(
+                f"the signal identity of query {query!r} is off by {residual:.1e} at step {step} "
+                f"(limit {walker.limit:.0e}): {uncovered}the precision is too low "
+                f"({self._precision()}); the signals miss that part of the gradient",
+                FinfluenceWarning,
+                stacklevel=6,
+            )
+        self.residual = max(self.residual, residual)
+
+    def _precision(self) -> str:
+        if self.recording.plan.precision == "bfloat16-autocast":
+            return "bfloat16 autocast; train in float32"
+        dtype = next(iter(self.engine.parameters.values())).dtype
+        return f"{str(dtype).removeprefix('torch.')}; train in float64" if dtype == torch.float32 else str(dtype)

@@ -1,0 +1,280 @@
+"""`Run`: a recorded run on disk, and every question that can be asked about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import polars as pl
+
+from finfluence.errors import InputError, ReplayError
+from finfluence.influence import (
+    Alternative,
+    Budget,
+    Correction,
+    Reporting,
+    SampleIndex,
+    metadata,
+    self_influence,
+    two_stage_samples,
+    two_stage_subsets,
+    watched_frame,
+)
+from finfluence.influence import pool as pool_frames
+from finfluence.runs._adjoints import read_adjoints
+from finfluence.runs.estimates import influence_table
+from finfluence.signals import SELF, SignalStore, SignalTable, arrays, open_folder
+from finfluence.tradeoff import SIGN_CONVENTION
+
+RunEstimator = Literal["gaussian", "tracin", "max", "median", "two-stage-gaussian", "clopper-pearson"]
+
+
+class Run:
+    """A recorded run, read from its directory.
+
+    Attributes:
+        directory: its path or URL.
+        manifest: the entries of run.json.
+        queries: names of its queries.
+        store: its signal store.
+    """
+
+    def __init__(self, store: SignalStore) -> None:
+        self.store = store
+        self.directory, self.manifest, self.queries = store.directory, store.manifest, store.queries
+        self._tables: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def sensitivity(self) -> str:
+        """ "live", "replay" or "both"."""
+        return str(self.manifest.get("sensitivity", "live"))
+
+    def samples(self) -> pl.DataFrame:
+        """The sample table: sample, and whatever columns were recorded with it."""
+        return self.store.samples().collect()
+
+    def steps(self) -> pl.DataFrame:
+        """The step table, one row an optimizer step."""
+        return self.store.steps().sort("step").collect()
+
+    def signals(self, *, table: SignalTable = "signals") -> pl.LazyFrame:
+        """The signals: step, sample, one float32 column a query, in units of the query's measurement."""
+        return self.store.signals(table)
+
+    def adjoints(self) -> pl.DataFrame:
+        """How a replay went: step, query, norm of its adjoint before the step, relative residual of the identity."""
+        return read_adjoints(open_folder(self.directory))
+
+    def influence(
+        self,
+        query: str,
+        *,
+        subsets: Mapping[str, Any] | Sequence[Any] | None = None,
+        groups: str | None = None,
+        estimator: RunEstimator = "gaussian",
+        sensitivity: Literal["run", "live"] = "run",
+        level: float = 0.95,
+        alternative: Alternative = "two-sided",
+        correction: Correction = "bh",
+        budget: Budget | None = None,
+    ) -> pl.DataFrame:
+        """Influence on a query: one row a sample, or a subset, or a group.
+
+        μ > 0: the samples support the measured behaviour (removing them raises the measured loss); μ < 0: they work
+        against it. The frame says so in its metadata, `frame.finfluence.meta`.
+
+        Args:
+            query: name of a recorded query; "self" for every sample's influence on its own loss, recorded with
+                train(self_influence="record").
+            subsets: ids of each subset by name; names alone, as a sequence, for subsets watched at recording.
+            groups: column of the sample table to group by.
+            estimator: "gaussian" (shift over noise), "tracin" (plain sum, units of the measurement), or f-INE's
+                two-stage test with its rule: "max" (the paper's, biased upward), "median", "two-stage-gaussian",
+                "clopper-pearson".
+            sensitivity: "live" for the live signals beside a replay.
+            level: of the intervals.
+            alternative: of the p-values: "two-sided", "harmful" (μ < 0) or "supporting" (μ > 0).
+            correction: q-values by Benjamini–Hochberg ("bh") or Benjamini–Yekutieli ("by").
+            budget: removal under equal "steps" or equal "epochs"; the sampler's own by default.
+
+        Returns:
+            Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value.
+
+        Raises:
+            InputError: unknown query, estimator or column; a subset that is empty, the whole set, or names unknown ids.
+            ReplayError: the query's adjoint diverged in the replay.
+        """
+        reporting = Reporting(level=level, alternative=alternative, correction=correction)
+        if query == SELF:
+            if subsets is not None or groups is not None or estimator != "gaussian":
+                raise InputError(
+                    'query "self" scores single samples on their own loss; it takes no subsets, groups or estimator'
+                )
+            return self._self_influence(reporting)
+        self.store.check_query(query)
+        if estimator not in get_args(RunEstimator):
+            raise InputError(f"unknown estimator {estimator!r}; choose one of {', '.join(get_args(RunEstimator))}")
+        if subsets is not None and groups is not None:
+            raise InputError("give subsets or groups, not both")
+        table = self._signal_table(sensitivity)
+        diverged = self.manifest.get("replay", {}).get("diverged", {})
+        if table == "signals" and query in diverged:
+            raise ReplayError(f"{diverged[query]}; then replay again with finfluence.replay(..., options=...)")
+        if estimator not in ("gaussian", "tracin"):
+            rule: Any = "gaussian" if estimator == "two-stage-gaussian" else estimator
+            return self._two_stage(query, subsets, groups, rule=rule, reporting=reporting, table=table)
+        if subsets is not None and not isinstance(subsets, Mapping) and any(isinstance(s, str) for s in subsets):
+            raise InputError(
+                f'the {estimator} estimator takes ids, for example subsets={{"web": ids}}; names alone are for watched '
+                "subsets and the two-stage estimators"
+            )
+        found = self._table(query, table, estimator, budget)
+        found = found.with_reporting(level=level, alternative=alternative, correction=correction)
+        if subsets is not None:
+            return found.subsets(subsets)
+        if groups is not None:
+            return found.groups(self._group_labels(groups))
+        return found.samples()
+
+    def _signal_table(self, sensitivity: str) -> SignalTable:
+        if sensitivity not in ("run", "live"):
+            raise InputError(f"unknown sensitivity {sensitivity!r}; choose run or live")
+        if self.sensitivity == "live":
+            return "signals"
+        if sensitivity == "run":
+            if not self.manifest.get("replay", {}).get("finished"):
+                raise InputError(
+                    f"the replay of {self.directory} is not finished; finish it with train(..., exist='resume') or "
+                    "finfluence.replay, or ask for sensitivity='live' if the run recorded both"
+                )
+            return "signals"
+        if not self.store.has("live"):
+            raise InputError(
+                f"{self.directory} has no live signals beside its replay; record it with sensitivity='both'"
+            )
+        return "live"
+
+    def _table(self, query: str, table: SignalTable, estimator: Any, budget: Budget | None) -> Any:
+        key = (query, table, estimator, budget)
+        if key not in self._tables:
+            self._tables[key] = influence_table(self.store, query, table=table, estimator=estimator, budget=budget)
+        return self._tables[key]
+
+    def _group_labels(self, column: str) -> pl.Series:
+        samples = self.samples()
+        if column not in samples.columns or column == "sample":
+            known = [c for c in samples.columns if c != "sample"]
+            raise InputError(
+                f"unknown group column {column!r}; the sample table has {', '.join(known) or 'no further columns'}"
+            )
+        return samples[column]
+
+    def _two_stage(
+        self, query: str, subsets: Any, groups: str | None, *, rule: Any, reporting: Reporting, table: SignalTable
+    ) -> pl.DataFrame:
+        meta = (("query", query), ("run", self.directory))
+        if subsets is not None and not isinstance(subsets, Mapping):
+            watch = self.store.watch().collect()
+            return watched_frame(
+                watch, list(subsets), query=query, rule=rule, reporting=reporting, sizes=self._watched_sizes()
+            )
+        found = self._table(query, table, "tracin", None)
+        signals = arrays(self.store, query, table=table)
+        flat: dict[str, Any] = {"step": signals.steps, "code": signals.codes, "value": signals.values}
+        key = "subset"
+        if groups is not None:
+            labels = self._group_labels(groups)
+            frame = self.samples().with_columns(labels.alias("group")).drop_nulls("group")
+            subsets = {
+                name: part["sample"].to_numpy() for (name,), part in frame.group_by(["group"], maintain_order=True)
+            }
+            key = "group"
+        if subsets is None:
+            return two_stage_samples(found.index, **flat, rule=rule, reporting=reporting, meta=meta)
+        return two_stage_subsets(found.index, subsets, **flat, rule=rule, reporting=reporting, key=key, meta=meta)
+
+    def _watched_sizes(self) -> dict[str, int]:
+        return {name: len(members) for name, members in self.manifest.get("watch", {}).items()}
+
+    def _self_influence(self, reporting: Reporting) -> pl.DataFrame:
+        if not self.store.has("self"):
+            raise InputError(
+                f'{self.directory} has no self-influence; record it with train(..., self_influence="record")'
+            )
+        own = arrays(self.store, SELF, table="self")
+        index = SampleIndex(self.samples()["sample"])
+        # under SGD every self-signal has one sign, so 0 would be rejected for all samples
+        return self_influence(
+            index, own.steps, code=own.codes, value=own.values, reference="median", reporting=reporting
+        )
+
+    def __repr__(self) -> str:
+        state = "" if self.store.status == "finished" else f", {self.store.status}"
+        return (
+            f"Run({self.directory!r}: {self.store.n_steps} steps, {self.manifest.get('n_samples', '?')} samples, "
+            f"queries {', '.join(self.queries)}, {self.sensitivity}{state})"
+        )
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{SIGN_CONVENTION}"
+
+
+def open_run(directory: str | os.PathLike[str], *, partial: bool = False) -> Run:
+    """Opens a recorded run.
+
+    Args:
+        directory: local path or fsspec URL.
+        partial: read the finished steps of a run that is still being written.
+
+    Returns:
+        The run.
+
+    Raises:
+        StoreError: there is no run, it is still being written, or a file is truncated or foreign.
+    """
+    return Run(SignalStore.open(directory, partial=partial))
+
+
+def pool(
+    runs: Sequence[Run],
+    query: str,
+    *,
+    subsets: Mapping[str, Any] | None = None,
+    groups: str | None = None,
+    level: float = 0.95,
+    alternative: Alternative = "two-sided",
+    correction: Correction = "bh",
+) -> pl.DataFrame:
+    """Influence averaged over several runs (seeds) of the same training.
+
+    A single run's μ is conditional on its initialisation and its batch order. The pooled standard error has the
+    variance between runs in it.
+
+    Args:
+        runs: two or more runs on the same samples.
+        query: a query that all of them recorded.
+        subsets: ids of each subset by name.
+        groups: column of the sample table to group by.
+        level: of the intervals.
+        alternative: of the p-values.
+        correction: of the q-values.
+
+    Returns:
+        The columns of `Run.influence`.
+
+    Raises:
+        InputError: fewer than two runs, or runs on different samples.
+    """
+    if len(runs) < 2:
+        raise InputError(f"pooling needs at least two runs, got {len(runs)}; a single run has run.influence(query)")
+    frames = [run.influence(query, subsets=subsets, groups=groups, level=level) for run in runs]
+    reporting = Reporting(level=level, alternative=alternative, correction=correction)
+    return pool_frames(frames, reporting=reporting)
+
+
+def describe(frame: pl.DataFrame) -> str:
+    """One line about what a frame's figures are, for people: estimator, unit, condition and sign."""
+    meta = metadata(frame)
+    parts = [f"{key}: {meta[key]}" for key in ("estimator", "sensitivity", "unit", "condition") if key in meta]
+    return "; ".join(parts)

@@ -1,0 +1,144 @@
+"""Self-influence: what each sample's share of a step does to the loss on that very sample.
+
+x_ii = ⟨q_t^(i), w_i ∇ℓ_i⟩ with the live sensitivity of sample i's own loss, q_t^(i) = (∂U_t/∂ḡ_t)ᵀ ∇ℓ_i: under SGD
+−lr·w_i·‖∇ℓ_i‖² (TracIn, arXiv 2002.08484, section 3), under Adam the same with every element preconditioned. It needs
+the per-sample gradients themselves, unlike every other signal: one forward and backward pass over the batch by vmap,
+about the cost of another training step, and memory for a chunk of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from finfluence.gradients import check_model
+from finfluence.runs.data import batch_length, take
+from finfluence.runs.engine import Engine
+from finfluence.runs.sampling import Batch
+from finfluence.runs.tasks import FunctionalModel
+from finfluence.sensitivity import from_torch, learning_rates, live_direction
+
+# Per-sample gradients that are held at a time; the same again is needed for the activations of the pass.
+CHUNK_BYTES = 1 << 28
+
+Gradients = dict[str, Tensor]
+
+
+class SelfSignals:
+    """The signal of every sample of a batch on its own loss.
+
+    Losses and their gradients are taken in evaluation mode: without dropout, so that nothing random enters.
+
+    Args:
+        engine: the training.
+        chunk_bytes: memory for per-sample gradients; bounds how many samples are differentiated together.
+    """
+
+    def __init__(self, engine: Engine, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.engine = engine
+        self._rules = from_torch(engine.optimizer, engine.parameters)
+        per_sample = sum(p.numel() * p.element_size() for p in engine.parameters.values())
+        self._chunk = max(1, chunk_bytes // per_sample)
+        self._vectorised = True
+
+    def values(self, batch: Batch) -> np.ndarray:
+        """The signals of a batch at the parameters and optimizer state before its step, before clipping.
+
+        Args:
+            batch: the step's batch.
+
+        Returns:
+            (b,) float64, in units of the sample's loss.
+        """
+        if not len(batch.indices):
+            return np.empty(0)
+        weights = self._preconditioner()
+        with _evaluation(self.engine.model):
+            parts = [
+                _weighted_squares(gradients, weights)
+                for rows in np.array_split(batch.indices, -(-len(batch.indices) // self._chunk))
+                for gradients in self._gradients(rows)
+            ]
+        return torch.cat(parts).double().cpu().numpy() / batch.denominator
+
+    def _preconditioner(self) -> Gradients:
+        """Diagonal of ∂U_t/∂ḡ_t by parameter: the optimizers of a Plan are elementwise."""
+        engine, rates = self.engine, learning_rates(self.engine.optimizer)
+        return {
+            name: live_direction(
+                self._rules[name].rule,
+                engine.optimizer.state.get(p, {}),
+                torch.ones_like(p),
+                lr=rates[self._rules[name].rate_group],
+            )
+            for name, p in engine.parameters.items()
+        }
+
+    def _gradients(self, rows: np.ndarray) -> Iterator[Gradients]:
+        """Gradients of samples, each tensor with a leading axis: of all rows at once, or row by row."""
+        engine = self.engine
+        data = take(engine.dataset, rows, collate=engine.collate, device=engine.device)
+        if self._vectorised and batch_length(data) == len(rows):
+            try:
+                yield _vectorised_gradients(engine, data)
+                return
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                # Control flow that depends on data, or an operation without a batching rule; a true error of the
+                # model shows again in the loop.
+                self._vectorised = False
+        for row in rows:
+            loss = engine.losses(engine.model, np.array([row])).sum()
+            found = torch.autograd.grad(
+                loss, list(engine.parameters.values()), allow_unused=True, materialize_grads=True
+            )
+            yield {name: g[None] for name, g in zip(engine.parameters, found, strict=True)}
+
+
+def _vectorised_gradients(engine: Engine, data: Any) -> Gradients:
+    parameters = {name: p.detach() for name, p in engine.parameters.items()}
+
+    def loss(values: Gradients, sample: Any) -> Tensor:
+        one = _mapped(sample, lambda tensor: tensor[None])
+        with engine.autocast():
+            return engine.task.losses(FunctionalModel(engine.model, values), one).sum()
+
+    axes = _mapped(data, lambda tensor: 0, other=None)
+    return vmap(grad(loss), in_dims=(None, axes))(parameters, data)
+
+
+def _mapped(data: Any, change: Callable[[Tensor], Any], *, other: Any = ...) -> Any:
+    """The same nested batch with every tensor changed; anything else stays, or becomes `other`."""
+    if isinstance(data, Tensor):
+        return change(data)
+    if isinstance(data, Mapping):
+        return {key: _mapped(value, change, other=other) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return type(data)(_mapped(value, change, other=other) for value in data)
+    return data if other is ... else other
+
+
+def _weighted_squares(gradients: Gradients, weights: Gradients) -> Tensor:
+    total: Tensor | None = None
+    for name, g in gradients.items():
+        part = (g.square() * weights[name]).flatten(1).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    check_model(model)
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,130 @@
+"""What is trained and what is asked: per-sample losses and the measurement of a query.
+
+A `Task` is the only thing that users write about their own model. Ready ones cover classification, regression and
+causal language models. Tasks call `model(...)` and nothing else of the model, so that the retraining oracle can pass
+a function in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from finfluence.errors import InputError
+
+
+@runtime_checkable
+class Task(Protocol):
+    """The two functions that define a training problem."""
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """(b,) training loss of each sample, as it enters the mean over the batch."""
+        ...
+
+    def measure(self, model: Any, batch: Any) -> Tensor:
+        """() the scalar that is asked about a query."""
+        ...
+
+
+class MeanLossTask:
+    """Base of the ready tasks: the measurement is the mean loss on the query."""
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """(b,) training loss of each sample; subclasses define it."""
+        raise NotImplementedError
+
+    def measure(self, model: Any, batch: Any) -> Tensor:
+        """() mean of `losses` on the query's samples."""
+        return self.losses(model, batch).mean()
+
+
+def _pair(batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError(f"{task} takes batches (inputs, targets), got {type(batch).__name__}; write your own Task")
+    return batch[0], batch[1]
+
+
+class ClassificationTask(MeanLossTask):
+    """Cross-entropy on batches (x, y): model(x) gives (b, classes) logits, y is (b,) int64.
+
+    Args:
+        label_smoothing: as in torch.nn.CrossEntropyLoss.
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        if not 0.0 <= label_smoothing < 1.0:
+            raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """(b,) cross-entropy of each sample, in nats."""
+        inputs, targets = _pair(batch, "ClassificationTask")
+        return functional.cross_entropy(model(inputs), targets, reduction="none", label_smoothing=self.label_smoothing)
+
+
+class RegressionTask(MeanLossTask):
+    """Squared error on batches (x, y), averaged over the output dimensions of each sample."""
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """(b,) mean squared error of each sample, in squared units of the target."""
+        inputs, targets = _pair(batch, "RegressionTask")
+        predictions = model(inputs)
+        if predictions.shape != targets.shape:
+            # (b, 1) against (b,) would broadcast to (b, b) without a word
+            if predictions.numel() != targets.numel():
+                raise InputError(
+                    f"predictions have shape {tuple(predictions.shape)} but targets {tuple(targets.shape)}; "
+                    "give targets the shape of the model's output"
+                )
+            targets = targets.reshape(predictions.shape)
+        return (
+            (predictions - targets).square().flatten(1).mean(1)
+            if predictions.dim() > 1
+            else (predictions - targets).square()
+        )
+
+
+class CausalLMTask(MeanLossTask):
+    """Next-token cross-entropy on batches {"input_ids", "labels", optional "attention_mask"}, all (b, t) int64.
+
+    Each sample's loss is the mean over its own tokens whose label is not -100, so that long samples do not outweigh
+    short ones. The model is called with input_ids and attention_mask and returns logits (b, t, vocabulary), bare or as
+    an attribute `.logits`. Labels default to input_ids with padding masked.
+    """
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        """(b,) mean next-token cross-entropy of each sample, in nats per token."""
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise InputError('CausalLMTask takes batches with "input_ids" (and "labels"); write your own Task')
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        labels = batch.get("labels")
+        if labels is None:
+            labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        output = model(input_ids=ids) if mask is None else model(input_ids=ids, attention_mask=mask)
+        logits = output if isinstance(output, Tensor) else output.logits
+        targets = labels[:, 1:]
+        token = functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), targets, reduction="none", ignore_index=-100
+        )
+        counts = (targets != -100).sum(1)
+        return token.sum(1) / torch.clamp(counts, min=1)
+
+
+class FunctionalModel:
+    """A model with other parameters, as the callable that a Task expects."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self._model, self._parameters = model, dict(parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output at these parameters."""
+        return functional_call(self._model, self._parameters, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a task asks of the model, from the model."""
+        return getattr(self._model, name)

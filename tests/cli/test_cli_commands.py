@@ -1,0 +1,108 @@
+"""The command line as a user meets it: real runs, real files, one line on bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import finfluence as fi
+
+
+def finfluence(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "from finfluence.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    directory = tmp_path_factory.mktemp("cli") / "demo"
+    done = finfluence("demo", "--quick", "--output", str(directory))
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout
+
+
+def test_demo_says_what_mu_means_and_finds_planted_labels(demo: tuple[Path, str]) -> None:
+    directory, out = demo
+    assert fi.SIGN_CONVENTION in out
+    assert "AUROC" in out
+    assert "average precision" in out
+    run = fi.open_run(directory)
+    assert run.sensitivity == "both"
+    from finfluence.workflows.demo import detection_scores
+
+    # seeded: the run is the same on every machine up to rounding; chance is 0.5
+    assert detection_scores(run, "validation")["replay"].auroc > 0.8
+
+
+def test_score_formats_hold_the_same_numbers(demo: tuple[Path, str], tmp_path: Path) -> None:
+    directory = str(demo[0])
+    frame = fi.open_run(directory).influence("validation")
+    csv = tmp_path / "scores.csv"
+    csv.write_text(finfluence("score", directory, "--format", "csv").stdout, encoding="utf-8")
+    assert pl.read_csv(csv)["mu"].to_list() == pytest.approx(frame["mu"].to_list())
+    lines = finfluence("score", directory, "--format", "json").stdout.splitlines()
+    assert json.loads(lines[3])["mu"] == pytest.approx(frame["mu"][3])
+    parquet = tmp_path / "scores.parquet"
+    code = "from finfluence.cli import main; main()"
+    with parquet.open("wb") as sink:
+        subprocess.run(
+            [sys.executable, "-c", code, "score", directory, "--format", "parquet"], stdout=sink, check=True, timeout=100
+        )
+    assert pl.read_parquet(parquet)["mu"].to_list() == frame["mu"].to_list()
+
+
+def test_score_by_group_and_subset(demo: tuple[Path, str], tmp_path: Path) -> None:
+    directory = str(demo[0])
+    grouped = finfluence("score", directory, "--group", "planted", "--format", "csv")
+    assert grouped.stdout.splitlines()[0].startswith("group,size,mu")
+    ids = tmp_path / "few.txt"
+    ids.write_text("1\n2\n3\n", encoding="utf-8")
+    one = finfluence("score", directory, "--subset", str(ids), "--format", "csv")
+    expected = fi.open_run(directory).influence("validation", subsets={"few": [1, 2, 3]})
+    assert float(one.stdout.splitlines()[1].split(",")[2]) == pytest.approx(expected["mu"][0])
+
+
+def test_verify_puts_measured_beside_predicted(demo: tuple[Path, str]) -> None:
+    done = finfluence("verify", str(demo[0]), "--flagged", "--runs", "8")
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout
+    assert "measured" in done.stdout
+    assert (demo[0] / "verify").is_dir()
+
+
+BAD = [
+    (["score", "no-such-run"], "no-such-run"),
+    (["score", "{run}", "--query", "nope"], "nope"),
+    (["score", "{run}", "--group", "nope"], "nope"),
+    (["score", "{run}", "--estimator", "nope"], "nope"),
+    (["score", "{run}", "--format", "nope"], "nope"),
+    (["score", "{run}", "--subset", "missing.txt"], "missing.txt"),
+    (["demo", "--output", "{run}"], "already holds a run"),
+    (["verify", "{run}"], "--flagged"),
+    (["verify", "{run}", "--flagged", "--executor", "nope"], "nope"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_bad_input_is_one_line_and_exit_2(demo: tuple[Path, str], words: list[str], named: str) -> None:
+    done = finfluence(*(word.format(run=demo[0]) for word in words))
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert named in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = finfluence("score", "no-such-run", "--debug")
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "score", "verify"])
+def test_help_has_an_example(command: str) -> None:
+    done = finfluence(command, "--help")
+    assert done.returncode == 0
+    assert f"Example: finfluence {command}" in " ".join(done.stdout.split())
