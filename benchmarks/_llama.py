@@ -1,4 +1,4 @@
-"""A Llama-architecture decoder (RMSNorm, rotary embedding, grouped SDPA attention, SwiGLU) with LoRA adapters, in plain PyTorch."""
+"""A Llama-architecture decoder (RMSNorm, rotary embedding, SDPA, SwiGLU) with LoRA adapters, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,14 @@ class Llama(nn.Module):
     """
 
     def __init__(
-        self, *, layers: int = 6, width: int = 512, heads: int = 8, inner: int = 1376, vocabulary: int = 4096, rank: int = 8
+        self,
+        *,
+        layers: int = 6,
+        width: int = 512,
+        heads: int = 8,
+        inner: int = 1376,
+        vocabulary: int = 4096,
+        rank: int = 8,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -66,11 +73,11 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             adapter = (".down.weight" in name or ".up.weight" in name) and name.count(".") >= 4
             parameter.requires_grad_(adapter)
-        self.half = width // heads // 2
+        self.rotary = width // heads // 2
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         t = input_ids.shape[1]
-        rate = torch.exp(-math.log(10000.0) * torch.arange(self.half, device=input_ids.device) / self.half)
+        rate = torch.exp(-math.log(10000.0) * torch.arange(self.rotary, device=input_ids.device) / self.rotary)
         angle = torch.arange(t, device=input_ids.device)[:, None] * rate
         cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
         x = self.embedding(input_ids)

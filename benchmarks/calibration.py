@@ -1,10 +1,13 @@
 """Is μ calibrated? One recorded run's estimates against retraining with and without each of 22 subsets.
 
-    python -m benchmarks.calibration                        # all settings, 256 retrainings an arm
-    python -m benchmarks.calibration --settings tanh-sgd --runs 64
+    python -m benchmarks calibration                             # every setting: hours on two cores
+    python -m benchmarks calibration --settings tanh-sgd         # one setting: some minutes
+    python -m benchmarks calibration --quick                     # a smoke test
 
-Digits (500 samples, 10 % of the labels flipped), 40 single-example queries from held-out data, batch 20, 20 epochs, fixed
-initialisation. A rank agreement is always printed beside its ceiling, which the truth's own noise sets.
+500 samples with 10 % wrong labels, 40 single-example queries, batch 20, 20 epochs, fixed initialisation. A rank
+agreement is always printed beside its ceiling, which the truth's own noise sets. Rows of single runs are means over
+recorded runs (seeds); "pooled" rows are `finfluence.pool` over them. "Disattenuated" is the slope with the estimates'
+own error taken out of their variance: an estimate with noise has a slope below 1 even where it is unbiased.
 """
 
 from __future__ import annotations
@@ -14,108 +17,24 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 import finfluence as fi
+from benchmarks._calibration_problems import SETTINGS, Data, Setting, sample_table
 from finfluence.influence import agreement, ceiling, detection
-from finfluence.influence import pool as pool_frames
-from finfluence.runs.panel import NoisePanel
-from finfluence.workflows.digits import digits, mlp
 
-N_QUERIES = 40
+Estimate = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table: how the network is built and trained."""
-
-    name: str
-    make_model: Callable[[int], nn.Module]
-    optimizer: Any
-    epochs: int = 20
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def cnn(seed: int) -> nn.Module:
-    """A small convolutional network with GroupNorm on 8×8 images given as 64 pixels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            nn.Conv2d(1, 8, 3, padding=1),
-            nn.GroupNorm(2, 8),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1),
-            nn.GroupNorm(4, 16),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(64, 10),
-        )
-
-
-def relu_mlp(seed: int) -> nn.Module:
-    return mlp(seed, activation="relu")
-
-
-SETTINGS = {
-    s.name: s
-    for s in (
-        Setting("tanh-sgd", mlp, fi.SGD(lr=0.1)),
-        Setting("relu-sgd", relu_mlp, fi.SGD(lr=0.1)),
-        Setting("relu-adamw", relu_mlp, fi.AdamW(lr=0.003)),
-        Setting("tanh-adamw", mlp, fi.AdamW(lr=0.003)),
-        Setting("cnn-momentum", cnn, fi.SGD(lr=0.02, momentum=0.9)),
-        Setting("tanh-sgd-fast", mlp, fi.SGD(lr=0.5)),
-        Setting("tanh-sgd-100", mlp, fi.SGD(lr=0.1), epochs=100),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Data, queries and subsets that all settings share."""
-
-    recipe: Any
-    queries: dict[str, Any]
-    subsets: dict[str, np.ndarray]
-    planted: np.ndarray
-
-
-def problem(seed: int = 0) -> Problem:
-    """Digits with flips, 40 held-out single-example queries, 22 subsets: labels, clusters, and chunks of the flips."""
-    from sklearn.cluster import KMeans
-
-    recipe = digits(samples=500, seed=seed)
-    assert recipe.samples is not None
-    generator = np.random.default_rng(seed)
-    x, y = recipe.held_out.tensors
-    chosen = generator.choice(len(x), N_QUERIES, replace=False)
-    queries = {f"q{k}": (x[i : i + 1], y[i : i + 1]) for k, i in enumerate(chosen.tolist())}
-    queries["validation"] = tuple(recipe.queries["validation"].tensors)
-    labels, planted = recipe.samples["label"].to_numpy(), recipe.samples["planted"].to_numpy()
-    subsets = {f"label-{c}": generator.permutation(np.flatnonzero(labels == c))[:25] for c in range(10)}
-    flips = generator.permutation(np.flatnonzero(planted))
-    subsets |= {f"flips-{k}": part for k, part in enumerate(np.array_split(flips, 4))}
-    pixels = recipe.dataset.tensors[0].numpy()
-    centres = KMeans(8, n_init=4, random_state=seed).fit(pixels).transform(pixels)
-    subsets |= {f"cluster-{k}": np.argsort(centres[:, k])[:25] for k in range(8)}
-    return Problem(recipe, queries, {k: np.sort(v) for k, v in subsets.items()}, planted)
-
-
-def truth_of(setting: Setting, data: Problem, runs: int, directory: Path) -> fi.Truth:
+def truth_of(setting: Setting, data: Data, runs: int, directory: Path) -> fi.Truth:
     return fi.retrain(
-        data.recipe.task,
+        fi.ClassificationTask(),
         setting.make_model,
-        data.recipe.dataset,
+        data.dataset,
         data.queries,
         subsets=data.subsets,
         optimizer=setting.optimizer,
@@ -129,107 +48,108 @@ def truth_of(setting: Setting, data: Problem, runs: int, directory: Path) -> fi.
     )
 
 
-def record(setting: Setting, data: Problem, directory: Path, *, seed: int, signals: Any, positions: int) -> fi.Run:
+def record(setting: Setting, data: Data, directory: Path, *, seed: int, signals: Any) -> fi.Run:
     return fi.train(
-        data.recipe.task,
+        fi.ClassificationTask(),
         setting.make_model(0),
-        data.recipe.dataset,
+        data.dataset,
         queries=data.queries,
         optimizer=setting.optimizer,
         epochs=setting.epochs,
         batch_size=20,
         seed=seed,
-        sensitivity="both",
+        sensitivity="both" if signals == "batch" else "replay",
         signals=signals,
-        panel=NoisePanel(64, positions),
-        samples=data.recipe.samples,
+        panel=fi.NoisePanel(64, 5),
+        samples=sample_table(data),
         directory=directory,
         **setting.options,
     )
 
 
-def estimates(run: fi.Run, data: Problem, sensitivity: Any) -> tuple[np.ndarray, np.ndarray]:
-    frames = [run.influence(q, subsets=data.subsets, sensitivity=sensitivity) for q in data.queries if q != "validation"]
+def single_queries(data: Data) -> list[str]:
+    return [q for q in data.queries if q != "validation"]
+
+
+def estimate(run: fi.Run, data: Data, sensitivity: Any) -> Estimate:
+    frames = [run.influence(q, subsets=data.subsets, sensitivity=sensitivity) for q in single_queries(data)]
     return np.array([f["mu"].to_numpy() for f in frames]), np.array([f["se"].to_numpy() for f in frames])
 
 
-def flips_found(run: fi.Run, data: Problem, sensitivity: Any) -> float:
+def pooled(runs: list[fi.Run], data: Data) -> Estimate:
+    frames = [fi.pool(runs, q, subsets=data.subsets) for q in single_queries(data)]
+    return np.array([f["mu"].to_numpy() for f in frames]), np.array([f["se"].to_numpy() for f in frames])
+
+
+def flips_found(run: fi.Run, data: Data, sensitivity: Any) -> float:
     mu = run.influence("validation", sensitivity=sensitivity)["mu"].to_numpy()
     return detection(-mu, data.planted).auroc
 
 
-def evaluate(setting: Setting, data: Problem, *, runs: int, seeds: int, truth_directory: Path) -> list[dict[str, Any]]:
+def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs: list[float]) -> dict[str, Any]:
+    """One line of the table: means over estimates."""
+    scores = [agreement(mu, truth[0], ceiling=top, estimated_se=se, truth_se=truth[1]) for mu, se in estimates]
+    reliable = [1 - float((se**2).mean() / mu.var()) for mu, se in estimates]
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else float("nan")
+
+    return {
+        "signals": kind,
+        "spearman": mean([a.spearman for a in scores]),
+        "ceiling": top.correlation,
+        "slope": mean([a.slope for a in scores]),
+        "slope_low": mean([a.slope_interval[0] for a in scores]),
+        "slope_high": mean([a.slope_interval[1] for a in scores]),
+        "slope_disattenuated": mean([a.slope / r for a, r in zip(scores, reliable, strict=True) if r > 0.2]),
+        "coverage": mean([a.coverage for a in scores]),
+        "auroc": mean(aurocs),
+        "runs": len(estimates),
+    }
+
+
+def evaluate(setting: Setting, *, runs: int, seeds: int, truth_directory: Path) -> list[dict[str, Any]]:
+    data = setting.data()
     began = time.perf_counter()
     truth = truth_of(setting, data, runs, truth_directory / setting.name)
-    truth_seconds = time.perf_counter() - began
-    names = [q for q in data.queries if q != "validation"]
-    mu, se = truth.matrix(names)
+    seconds = time.perf_counter() - began
+    names = single_queries(data)
+    measured = truth.matrix(names)
     top = ceiling(*truth.split_halves(names))
-    rows: list[dict[str, Any]] = []
-    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
-    for seed in range(1, seeds + 1):
-        for signals in ("batch", "full"):
-            with tempfile.TemporaryDirectory() as scratch:
-                run = record(setting, data, Path(scratch) / "run", seed=seed, signals=signals, positions=5)
-                kinds = {"replay, batch" if signals == "batch" else "replay, full": "run"}
-                if signals == "batch":
-                    kinds["live, batch"] = "live"
+    estimates: dict[str, list[Estimate]] = {"live, batch": [], "replay, batch": [], "replay, full": []}
+    aurocs: dict[str, list[float]] = {kind: [] for kind in estimates}
+    kept: dict[str, list[fi.Run]] = {"batch": [], "full": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(1, seeds + 1):
+            for signals, recorded in kept.items():
+                run = record(setting, data, Path(scratch) / f"{signals}-{seed}", seed=seed, signals=signals)
+                recorded.append(run)
+                kinds = {f"replay, {signals}": "run"} | ({"live, batch": "live"} if signals == "batch" else {})
                 for kind, sensitivity in kinds.items():
-                    found.setdefault(kind, []).append((*estimates(run, data, sensitivity), flips_found(run, data, sensitivity)))
-    for kind, results in found.items():
-        scores = [agreement(m, mu, ceiling=top, estimated_se=s, truth_se=se) for m, s, _ in results]
-        rows.append(
-            {
-                "setting": setting.name,
-                "signals": kind,
-                "spearman": float(np.mean([a.spearman for a in scores])),
-                "ceiling": top.correlation,
-                "slope": float(np.mean([a.slope for a in scores])),
-                "slope_low": float(np.mean([a.slope_interval[0] for a in scores])),
-                "slope_high": float(np.mean([a.slope_interval[1] for a in scores])),
-                "coverage": float(np.mean([a.coverage for a in scores])),
-                "auroc": float(np.mean([auroc for _, _, auroc in results])),
-                "runs": len(results),
-                "retrainings": runs,
-                "truth_seconds": truth_seconds,
-            }
-        )
-        if len(results) > 1:
-            pooled = pooled_estimates(results)
-            a = agreement(pooled[0], mu, ceiling=top, estimated_se=pooled[1], truth_se=se)
-            rows.append(
-                rows[-1]
-                | {
-                    "signals": f"{kind}, {len(results)} runs pooled",
-                    "spearman": a.spearman,
-                    "slope": a.slope,
-                    "slope_low": a.slope_interval[0],
-                    "slope_high": a.slope_interval[1],
-                    "coverage": a.coverage,
-                    "auroc": float("nan"),
-                }
-            )
-    return rows
+                    estimates[kind].append(estimate(run, data, sensitivity))
+                    aurocs[kind].append(flips_found(run, data, sensitivity))
+        rows = [row(kind, found, measured, top, aurocs[kind]) for kind, found in estimates.items()]
+        if seeds > 1:
+            for signals, recorded in kept.items():
+                rows.append(row(f"replay, {signals}, {seeds} runs pooled", [pooled(recorded, data)], measured, top, []))
+    shared = {"setting": setting.name, "note": setting.note, "retrainings": runs, "truth_seconds": seconds}
+    return [shared | r for r in rows]
 
 
-def pooled_estimates(results: list[tuple[np.ndarray, np.ndarray, float]]) -> tuple[np.ndarray, np.ndarray]:
-    from finfluence.influence import pool_estimates
-
-    shape = results[0][0].shape
-    mu, se, _ = pool_estimates(np.array([m.ravel() for m, _, _ in results]), np.array([s.ravel() for _, s, _ in results]))
-    return mu.reshape(shape), se.reshape(shape)
-
-
-HEAD = "| setting | signals | Spearman | ceiling | slope true on estimated | 95 % coverage | AUROC of flips |\n|---|---|---|---|---|---|---|"
+HEAD = (
+    "| setting | signals | Spearman | ceiling | slope, true on estimated | disattenuated | 95 % coverage "
+    "| AUROC of flips |\n|---|---|---|---|---|---|---|---|"
+)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [HEAD]
     for r in rows:
         auroc = "" if np.isnan(r["auroc"]) else f"{r['auroc']:.3f}"
+        straight = "" if np.isnan(r["slope_disattenuated"]) else f"{r['slope_disattenuated']:.2f}"
         lines.append(
-            f"| {r['setting']} | {r['signals']} | {r['spearman']:.3f} | {r['ceiling']:.3f} | "
-            f"{r['slope']:.2f} ({r['slope_low']:.2f} to {r['slope_high']:.2f}) | {r['coverage']:.0%} | {auroc} |"
+            f"| {r['note']} | {r['signals']} | {r['spearman']:.3f} | {r['ceiling']:.3f} | {r['slope']:.2f} "
+            f"({r['slope_low']:.2f} to {r['slope_high']:.2f}) | {straight} | {r['coverage']:.0%} | {auroc} |"
         )
     return "\n".join(lines)
 
@@ -238,27 +158,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--runs", type=int, default=256, help="retrainings an arm")
-    parser.add_argument("--seeds", type=int, default=3, help="recorded runs, also pooled")
+    parser.add_argument("--seeds", type=int, default=3, help="recorded runs of each kind, also pooled")
     parser.add_argument("--truth", type=Path, default=None, help="keep (and reuse) the retrainings here")
-    parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, default=None, help="add the figures to this JSON file")
     parser.add_argument("--quick", action="store_true", help="16 retrainings, one run, 3 epochs: a smoke test")
     options = parser.parse_args(arguments)
-    data = problem()
     rows: list[dict[str, Any]] = []
+    if options.output and options.output.exists():
+        rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
     scratch = Path(tempfile.mkdtemp())
     try:
         for name in options.settings:
-            setting = SETTINGS[name]
-            runs, seeds = options.runs, options.seeds
+            setting, runs, seeds = SETTINGS[name], options.runs, options.seeds
             if options.quick:
                 setting, runs, seeds = replace(setting, epochs=3), 16, 1
-            rows += evaluate(setting, data, runs=runs, seeds=seeds, truth_directory=options.truth or scratch)
-            print(table(rows[-6:]), flush=True)
+            found = evaluate(setting, runs=runs, seeds=seeds, truth_directory=options.truth or scratch)
+            print(f"{table(found)}\n", flush=True)
+            rows = [r for r in rows if r["setting"] != name] + found
+            if options.output:
+                options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"\n{table(rows)}")
-    if options.output:
-        options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m benchmarks.overhead --device cuda    # on a GPU
     python -m benchmarks.overhead --quick
 
-Step times alternate plain and recorded rounds, so that both meet the same machine; ratios are medians over rounds. Peak memory
-is that of separate processes, one plain and one recorded.
+Step times alternate plain and recorded steps, so that both meet the same machine; ratios are medians over rounds. Peak
+memory is that of separate processes, one plain and one recorded.
 """
 
 from __future__ import annotations
@@ -190,18 +190,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peak", nargs=3, metavar=("WORKLOAD", "OPTIMIZER", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
-        report_peak(*options.peak, options.device)
+        name, optimizer, mode = options.peak
+        report_peak(name, optimizer, mode, options.device)
         return
     rounds = 2 if options.quick else options.rounds
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}\n")
-    print("| workload | optimizer | query refreshed | recorded / plain step | aim | plain step |\n|---|---|---|---|---|---|")
+    print(
+        "| workload | optimizer | query refreshed | recorded / plain step | aim | plain step |\n"
+        "|---|---|---|---|---|---|"
+    )
     figures: list[dict[str, Any]] = []
     for name, optimizer, refresh, aim in ROWS:
         found, plain = ratio(name, optimizer, refresh, device=options.device, rounds=rounds)
         every = "every step" if refresh == 1 else f"every {refresh} steps"
         print(f"| {name} | {optimizer} | {every} | {found:.2f} | ≤ {aim} | {plain:.1f} ms |", flush=True)
-        figures.append({"workload": name, "optimizer": optimizer, "refresh": refresh, "ratio": found, "plain_ms": plain})
+        figures.append(
+            {"workload": name, "optimizer": optimizer, "refresh": refresh, "ratio": found, "plain_ms": plain}
+        )
     if not options.quick:
         print("\n| workload | optimizer | peak memory plain | recorded | ratio | aim |\n|---|---|---|---|---|---|")
         for name, optimizer in (("mlp", "adamw"), ("mlp", "sgd"), ("llama-lora", "adamw")):

@@ -49,7 +49,10 @@ def test_score_formats_hold_the_same_numbers(demo: tuple[Path, str], tmp_path: P
     code = "from finfluence.cli import main; main()"
     with parquet.open("wb") as sink:
         subprocess.run(
-            [sys.executable, "-c", code, "score", directory, "--format", "parquet"], stdout=sink, check=True, timeout=100
+            [sys.executable, "-c", code, "score", directory, "--format", "parquet"],
+            stdout=sink,
+            check=True,
+            timeout=100,
         )
     assert pl.read_parquet(parquet)["mu"].to_list() == frame["mu"].to_list()
 

@@ -174,14 +174,19 @@ def test_questions_that_cannot_be_answered(run: fi.Run, arguments: dict[str, Any
 
 
 def test_pooling_runs(tmp_path: Path) -> None:
-    runs = [record(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    # Means in the unit of the root mean square of the runs' noise.
+    runs = [record(tmp_path / str(seed), seed=seed, self_influence="record") for seed in range(3)]
     table = fi.pool(runs, "first")
-    mus = np.array([run.influence("first")["mu"].to_numpy() for run in runs])
-    errors = np.array([run.influence("first")["se"].to_numpy() for run in runs])
+    frames = [run.influence("first") for run in runs]
+    sigma = np.array([frame.finfluence.meta["sigma"] for frame in frames])[:, None]  # pyright: ignore[reportAttributeAccessIssue]
+    units = sigma / np.sqrt((sigma**2).mean())
+    mus = np.array([frame["mu"].to_numpy() for frame in frames]) * units
+    errors = np.array([frame["se"].to_numpy() for frame in frames]) * units
     np.testing.assert_allclose(table["mu"].to_numpy(), mus.mean(0))
     variance = np.maximum(mus.var(0, ddof=1), (errors**2).mean(0))
     np.testing.assert_allclose(table["se"].to_numpy(), np.sqrt(variance / 3))
     assert fi.pool(runs, "first", subsets={"s": [1, 2]})["size"].to_list() == [2]
+    assert fi.pool(runs, "self")["mu"].is_finite().all()
     with pytest.raises(InputError, match="pooling needs at least two runs, got 1"):
         fi.pool(runs[:1], "first")
     with pytest.raises(InputError, match="unknown query"):

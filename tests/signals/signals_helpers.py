@@ -96,16 +96,21 @@ def last_state(step: int | None, every: int = 10) -> int:
     return 0 if step is None else (step + 1) // every * every
 
 
+def say(*words: object) -> None:
+    """Report a line in one write: print makes several where output is unbuffered, and a kill would tear the line."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def train(directory: str, n_steps: int, flush_every: int) -> None:
     """A training process: resumes from its last state whatever it finds, records the rest, closes."""
     # A killed process loses nothing that the kernel has: without the wait for the disk, kills fall on the rest.
     os.fsync = lambda _: None
-    print("started", flush=True)
+    say("started")
     writer = start(directory, exist="resume")
-    print("resumed", flush=True)
+    say("resumed")
     writer.truncate_from(last_state(writer.last_step))
     for step in range(last_state(writer.last_step), n_steps):
-        print("step", step, flush=True)
+        say("step", step)
         record(writer, step)
         if step % flush_every == 0:
             writer.flush()
@@ -125,7 +130,7 @@ def fill_disk(directory: str, limit: int) -> None:
             writer.append_signals(4, np.zeros(limit, dtype=np.int64), values)
             writer.append_steps(**step_row(4))
     except StoreError as error:
-        print(error, flush=True)
+        say(error)
 
 
 def serve() -> None:
@@ -136,11 +141,11 @@ def serve() -> None:
         if pid == 0:
             {"train": train, "fill_disk": fill_disk}[name](directory, *map(int, numbers))
             os._exit(0)
-        print("pid", pid, flush=True)
+        say("pid", pid)
         # The process stays a zombie until the answer, so that its number cannot be another's when it is killed.
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
-        print("exit", ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+        say("exit", ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
         sys.stdin.readline()
         os.waitpid(pid, 0)
 

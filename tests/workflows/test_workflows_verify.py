@@ -61,7 +61,9 @@ def test_a_run_without_recipe_says_what_to_do(run: fi.Run) -> None:
         next(verify(bare, [1, 2]))
 
 
-@pytest.mark.parametrize("reference", [{"function": "nowhere:nothing"}, {"function": "finfluence.workflows.digits:mlp"}])
+@pytest.mark.parametrize(
+    "reference", [{"function": "nowhere:nothing"}, {"function": "finfluence.workflows.digits:mlp"}]
+)
 def test_unusable_recipes_are_input_errors(reference: dict[str, str]) -> None:
     with pytest.raises((InputError, TypeError)):
         load_recipe(reference)

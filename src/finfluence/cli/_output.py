@@ -68,7 +68,9 @@ def write_frame(frame: pl.DataFrame, style: Format) -> None:
         print(frame.write_ndjson(), end="")
     else:
         if sys.stdout.isatty():
-            raise InputError("Parquet is binary; redirect standard output to a file: finfluence score ... > scores.parquet")
+            raise InputError(
+                "Parquet is binary; redirect standard output to a file: finfluence score ... > scores.parquet"
+            )
         sink = io.BytesIO()
         frame.write_parquet(sink)
         sys.stdout.buffer.write(sink.getvalue())

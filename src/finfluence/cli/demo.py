@@ -62,13 +62,21 @@ def demo(
     influence = run.influence("validation", alternative="harmful")
     labelled = influence.join(run.samples(), on="sample", maintain_order="left")
     print(SIGN_CONVENTION)
-    shown = labelled.sort("mu").head(15).select("sample", "mu", "ci_low", "ci_high", "q_value", "label", "true_label", "planted")
+    shown = (
+        labelled.sort("mu")
+        .head(15)
+        .select("sample", "mu", "ci_low", "ci_high", "q_value", "label", "true_label", "planted")
+    )
     print_table(shown, title="Most harmful training samples for the validation loss")
     flagged = labelled.filter(pl.col("q_value") <= 0.05)
+    right = int(flagged["planted"].sum())
     print(
-        f"{flagged.height} samples are harmful at a false-discovery rate of 5 %; {int(flagged['planted'].sum())} of them "
-        f"are planted (of {planted})."
+        f"{flagged.height} samples are harmful at a false-discovery rate of 5 %; {right} of them planted, of {planted}."
     )
     for name, scores in detection_scores(run, "validation").items():
         print(f"{name:>6} signals: AUROC {scores.auroc:.3f}, average precision {scores.average_precision:.3f}")
-    print(f"Took {time.perf_counter() - began:.0f} s. The run is in {directory}; next: finfluence score {directory} --group label")
+    print(
+        f"Took {time.perf_counter() - began:.0f} s. The run is in {directory}; next:\n"
+        f"  finfluence score {directory} --group label    influence of every label's samples\n"
+        f"  finfluence verify {directory} --flagged       retrain without the flagged samples: is it true?"
+    )

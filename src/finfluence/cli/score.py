@@ -57,7 +57,8 @@ def score(
     query: Annotated[str | None, typer.Option(help="Query to score; may be left out where there is one.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of the sample table to group by.")] = None,
     subset: Annotated[
-        Path | None, typer.Option(help="File of sample ids (one a line, or a 'sample' column): score them as one subset.")
+        Path | None,
+        typer.Option(help="File of sample ids (one a line, or a 'sample' column): score them as one subset."),
     ] = None,
     estimator: Annotated[
         str, typer.Option(help="gaussian, tracin, max, median, two-stage-gaussian or clopper-pearson.")
@@ -94,4 +95,7 @@ def score(
     print(SIGN_CONVENTION)
     print_table(ordered.head(top), title=f"Influence on {name!r}, most harmful first")
     if frame.height > top:
-        print(f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.", file=sys.stderr)
+        print(
+            f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.",
+            file=sys.stderr,
+        )

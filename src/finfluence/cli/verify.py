@@ -45,7 +45,13 @@ def verify(
     ids = flagged_samples(opened, name) if subset is None else read_ids(subset, opened)
     state: Verification | None = None
     for state in verify_subset(
-        opened, ids, query=name, runs=runs, precision=precision, executor=cast(Any, executor), progress=sys.stderr.isatty()
+        opened,
+        ids,
+        query=name,
+        runs=runs,
+        precision=precision,
+        executor=cast(Any, executor),
+        progress=sys.stderr.isatty(),
     ):
         low, high = state.measured_interval
         print(

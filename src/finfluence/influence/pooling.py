@@ -80,8 +80,7 @@ def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) 
                 f"run {number} repeats {key}s or has them in another type than run 0; pool the same {key}s"
             )
         aligned = first.select(key).join(frame, on=key, how="left", maintain_order="left", nulls_equal=True)
-        matched = len(frame) == len(first) and first[key].is_in(frame[key], nulls_equal=True).all()
-        if not matched:
+        if set(frame[key].to_list()) != set(first[key].to_list()):
             raise InputError(f"run {number} has other {key}s than run 0; pool frames with the same {key}s")
         if "size" in first.columns and (aligned["size"] != first["size"]).any():
             raise InputError(f"run {number} has {key}s of other sizes than run 0; pool the same {key}s")

@@ -4,8 +4,6 @@
 `open_run` reads one, `retrain` is the truth. Names load on first use: reading a run does not import torch.
 """
 
-# ruff: noqa: F401  (the imports below are what type checkers see of the lazy names)
-
 from typing import TYPE_CHECKING
 
 from finfluence._lazy import lazy_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,22 +15,40 @@ from finfluence.gradients import Direction
 _SAME = 1e-5
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_LIMIT = 2e-2
+# Clipping by norm and AMP multiply every entry by one factor, so a few thousand entries tell it as well as all of them.
+_ENOUGH_ENTRIES = 1 << 14
 
 
 @dataclass(frozen=True)
 class GradientFingerprint:
-    """Euclidean norm of the gradient, by which a later rescaling (clipping, AMP) is found."""
+    """Euclidean norm of part of the gradient, by which a later rescaling (clipping, AMP) is found.
+
+    Attributes:
+        norm: () float64.
+        names: the parameters that it is taken over.
+    """
 
     norm: Tensor
+    names: tuple[str, ...]
 
     @classmethod
-    def of(cls, parameters: Mapping[str, nn.Parameter]) -> GradientFingerprint:
-        """The fingerprint of what is in `.grad` now."""
-        norms = [_norm(p.grad) for p in parameters.values() if p.grad is not None]
-        if not norms:
-            return cls(torch.zeros(()))
-        # in float64: the sum of squares of large gradients under AMP overflows float32
-        return cls(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])))
+    def of(cls, parameters: Mapping[str, nn.Parameter], names: Sequence[str] = ()) -> GradientFingerprint:
+        """The fingerprint of what is in `.grad` now.
+
+        Args:
+            parameters: trainable parameters by name.
+            names: what an earlier fingerprint was taken over; by default the smallest parameters that have enough
+                entries together, or all where those have no gradient.
+        """
+        if names:
+            return cls(_joint_norm([parameters[name] for name in names]), tuple(names))
+        ordered = sorted(parameters, key=lambda name: parameters[name].numel())
+        sizes = itertools.accumulate(parameters[name].numel() for name in ordered)
+        few = ordered[: 1 + sum(size < _ENOUGH_ENTRIES for size in sizes)]
+        norm = _joint_norm([parameters[name] for name in few])
+        if float(norm) > 0 or len(few) == len(ordered):
+            return cls(norm, tuple(few))
+        return cls(_joint_norm(list(parameters.values())), tuple(ordered))
 
     def ratio(self, before: GradientFingerprint) -> float:
         """Factor that turned `before` into this gradient; exactly 1 where they are the same to rounding."""
@@ -38,6 +57,14 @@ class GradientFingerprint:
             return 1.0
         factor = new / old
         return 1.0 if abs(factor - 1.0) < _SAME else factor
+
+
+def _joint_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    norms = [_norm(p.grad) for p in parameters if p.grad is not None]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    # in float64: the sum of squares of large gradients under AMP overflows float32
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]))
 
 
 def _norm(gradient: Tensor) -> Tensor:

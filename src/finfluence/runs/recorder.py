@@ -284,7 +284,7 @@ class Recorder:
                 f"optimizer.step() at step {self.step} without a recorded batch; put every forward and backward pass "
                 "inside `with recorder.batch(ids):`"
             )
-        now = GradientFingerprint.of(self.parameters)
+        now = GradientFingerprint.of(self.parameters, self._fingerprint.names)
         scale = now.ratio(self._fingerprint)
         names = np.concatenate([names for names, _ in self._pending])
         values = torch.cat([values for _, values in self._pending]).double() * scale

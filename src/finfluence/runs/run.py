@@ -15,6 +15,7 @@ from finfluence.influence import (
     Correction,
     Reporting,
     SampleIndex,
+    attach,
     metadata,
     self_influence,
     two_stage_samples,
@@ -249,7 +250,8 @@ def pool(
     """Influence averaged over several runs (seeds) of the same training.
 
     A single run's μ is conditional on its initialisation and its batch order. The pooled standard error has the
-    variance between runs in it.
+    variance between runs in it. Runs differ in their noise σ: before averaging, every μ is carried to the unit of the
+    root mean square σ.
 
     Args:
         runs: two or more runs on the same samples.
@@ -269,6 +271,14 @@ def pool(
     if len(runs) < 2:
         raise InputError(f"pooling needs at least two runs, got {len(runs)}; a single run has run.influence(query)")
     frames = [run.influence(query, subsets=subsets, groups=groups, level=level) for run in runs]
+    if query == SELF:  # each run's own unit: there is no noise of the measurement in it
+        return pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
+    sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
+    common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
+    frames = [
+        attach(frame.with_columns(pl.col("mu", "se") * (sigma / common)), **metadata(frame))
+        for frame, sigma in zip(frames, sigmas, strict=True)
+    ]
     reporting = Reporting(level=level, alternative=alternative, correction=correction)
     return pool_frames(frames, reporting=reporting)
 

@@ -84,8 +84,8 @@ def digits(
     """
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    pixels, labels = np.asarray(data.data, dtype=np.float32) / 16.0, np.asarray(data.target, dtype=np.int64)
+    values, targets = load_digits(return_X_y=True)
+    pixels, labels = np.asarray(values, dtype=np.float32) / 16.0, np.asarray(targets, dtype=np.int64)
     if not batch_size <= samples <= len(labels) - 200:
         raise InputError(
             f"samples must lie between the batch size and {len(labels) - 200} (200 are held back), got {samples}"

@@ -13,7 +13,7 @@ import polars as pl
 from torch import nn
 
 from finfluence.errors import InputError
-from finfluence.runs import Plan, Retraining, Run, Task, Truth, retrain_until
+from finfluence.runs import Plan, Retraining, Run, Truth, retrain_until
 from finfluence.tradeoff import GaussianInfluence
 from finfluence.workflows.recipes import Recipe, load_recipe
 
@@ -58,12 +58,14 @@ class Verification:
         needed = self.measured.retrainings()
         verdict = "agree within their errors" if self.agrees else "differ by more than their errors"
         per_arm = "more than could be done" if needed == float("inf") else str(needed)
+        measured = f"measured by {self.runs} + {self.runs} retrainings"
         return (
             f"influence of {self.size} samples on {self.query!r}\n"
-            f"  predicted from the recorded run   μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to {p_high:+.2f}\n"
-            f"  measured by {self.runs:>4} + {self.runs} retrainings  μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
-            f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability {chance:.2f}; "
-            f"telling it apart takes {per_arm} retrainings an arm (5 % level, 80 % power)."
+            f"  {'predicted from the recorded run':<36} μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to "
+            f"{p_high:+.2f}\n"
+            f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
+            f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability "
+            f"{chance:.2f}; telling it apart takes {per_arm} retrainings an arm (5 % level, 80 % power)."
         )
 
 
@@ -159,7 +161,7 @@ def run_recipe(run: Run) -> Recipe:
     if not reference:
         raise InputError(
             f"{run.directory} does not say how its data and model are made; record it with "
-            'train(..., recipe={"function": "module:function"}), or call finfluence.workflows.verification with a recipe'
+            'train(..., recipe={"function": "module:function"}), or call finfluence.workflows.verify with a recipe'
         )
     return load_recipe(reference)
 
@@ -173,7 +175,8 @@ def flagged_samples(run: Run, query: str, *, fdr: float = 0.05) -> np.ndarray:
     frame = run.influence(query, alternative="harmful").filter(pl.col("q_value") <= fdr)
     if frame.is_empty():
         raise InputError(
-            f"no sample is harmful for {query!r} at a false-discovery rate of {fdr:.0%}; pool several runs or look at groups"
+            f"no sample is harmful for {query!r} at a false-discovery rate of {fdr:.0%}; pool several runs or look at "
+            "groups"
         )
     return frame["sample"].to_numpy()
 

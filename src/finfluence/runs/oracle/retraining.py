@@ -116,6 +116,11 @@ class Retraining:
             },
         )
 
+    @property
+    def subset_names(self) -> tuple[str, ...]:
+        """Names of this experiment's own subsets."""
+        return tuple(self._arms)
+
     def extend(self, runs: int) -> Truth:
         """Trains what is missing of runs 0 to runs - 1 of every arm.
 
@@ -347,7 +352,7 @@ def retrain_until(
         done = min(runs, max(LEAST_RUNS, done + step_runs))
         truth = experiment.extend(done)
         # the directory may hold subsets of earlier experiments, which are not this one's business
-        names = list(experiment.subsets)
+        names = list(experiment.subset_names)
         influence = truth.influence(query, estimator=estimator, level=level).filter(pl.col("subset").is_in(names))
         widths = (influence["ci_high"] - influence["ci_low"]).fill_null(float("inf"))
         width = float(widths.to_numpy().max())
