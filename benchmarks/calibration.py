@@ -77,8 +77,10 @@ def estimate(run: fi.Run, data: Data, sensitivity: Any) -> Estimate:
 
 
 def pooled(runs: list[fi.Run], data: Data) -> Estimate:
+    """Pooled μ, and the standard error whose normal interval is as wide as the pooled t-interval."""
     frames = [fi.pool(runs, q, subsets=data.subsets) for q in single_queries(data)]
-    return np.array([f["mu"].to_numpy() for f in frames]), np.array([f["se"].to_numpy() for f in frames])
+    half = [(f["ci_high"] - f["ci_low"]).to_numpy() / 2 for f in frames]
+    return np.array([f["mu"].to_numpy() for f in frames]), np.array(half) / 1.959964
 
 
 def flips_found(run: fi.Run, data: Data, sensitivity: Any) -> float:

@@ -153,6 +153,15 @@ def peak_memory(name: str, optimizer: str, mode: str, device: str) -> float:
     return float(out.strip().splitlines()[-1])
 
 
+def resident_peak() -> float:
+    """Peak resident memory of this process in bytes; `ru_maxrss` would start from the parent's on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(row for row in status.read_text(encoding="ascii").splitlines() if row.startswith("VmHWM"))
+        return float(line.split()[1]) * 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 def report_peak(name: str, optimizer: str, mode: str, device: str) -> None:
     work = WORKLOADS[name](device, optimizer)
     steps = 9
@@ -169,7 +178,7 @@ def report_peak(name: str, optimizer: str, mode: str, device: str) -> None:
             for k in range(steps):
                 recorded_step(work, recorder, k)
     if device == "cpu":
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resident_peak() / 1e6)
     else:
         print(torch.cuda.max_memory_allocated() / 1e6)
 

@@ -156,7 +156,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, whole: dict[str, Path])
         ({"panel": fi.NoisePanel(0)}, "panel"),
         ({"queries": {"first": data(3)}}, "queries"),
     ],
-    ids=str,
+    ids=["seed", "batch size", "refresh", "self-influence", "sensitivity", "panel", "queries"],
 )
 def test_another_plan_does_not_continue_a_run(tmp_path: Path, changes: Any, field: str) -> None:
     record(tmp_path / "run", epochs=1)

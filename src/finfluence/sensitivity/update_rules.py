@@ -297,8 +297,15 @@ class AdamRule:
         if step == 0 or second is None:
             return torch.zeros_like(query_gradient)
         gain = -lr * (1.0 - self.betas[0]) / (1.0 - self.betas[0] ** (step + 1))
-        root = (second / (1.0 - self.betas[1] ** step)).sqrt()
-        return query_gradient * (self._inverse(root, None, 0.0) * gain)
+        correction = 1.0 - self.betas[1] ** step
+        # Large models spend their time on memory here, so the gain is folded into the denominator, in place, and the
+        # elements without a second moment are only looked for where there are any.
+        denominator = second.sqrt().mul_(1.0 / (sqrt(correction) * gain)).add_(self.eps / gain)
+        result = query_gradient / denominator
+        negligible = correction * (self.eps * torch.finfo(second.dtype).eps) ** 2
+        if float(second.min()) <= negligible:
+            result.masked_fill_(second <= negligible, 0.0)
+        return result
 
 
 def _mean(values: Tensor, layout: Layout | None) -> Tensor:
