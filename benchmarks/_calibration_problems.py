@@ -83,12 +83,12 @@ def coherent_subsets(labels: np.ndarray, planted: np.ndarray, pixels: np.ndarray
 
 @functools.cache
 def digits_data(family: str = "random") -> Data:
-    """500 digits, 10 % of the labels flipped; 22 random subsets of 50, or 22 coherent ones of 12 to 25."""
+    """500 digits, 10 % of the labels flipped; 22 random subsets of 25, or 22 coherent ones of 12 to 25."""
     recipe = digits(samples=500)
     assert recipe.samples is not None
     pixels, labels = (t.numpy() for t in recipe.dataset.tensors)
     planted = recipe.samples["planted"].to_numpy()
-    subsets = random_subsets(500, 50) if family == "random" else coherent_subsets(labels, planted, pixels)
+    subsets = random_subsets(500, 25) if family == "random" else coherent_subsets(labels, planted, pixels)
     validation = tuple(t.numpy() for t in recipe.queries["validation"].tensors)
     held_out = tuple(t.numpy() for t in recipe.held_out.tensors)
     return assemble((pixels, labels), validation, held_out, planted=planted, subsets=subsets)
@@ -117,7 +117,7 @@ def unbalanced_data() -> Data:
         (x[rest[:400]], labels[rest[:400]]),
         (x[rest[400:]], labels[rest[400:]]),
         planted=planted,
-        subsets=random_subsets(len(train), 50),
+        subsets=random_subsets(len(train), 25),
     )
 
 
@@ -150,7 +150,7 @@ def text_data() -> Data:
         (x[rest[:half]], y[rest[:half]]),
         (x[rest[half:]], y[rest[half:]]),
         planted=planted,
-        subsets=random_subsets(n, n // 10),
+        subsets=random_subsets(n, n // 20),
     )
 
 

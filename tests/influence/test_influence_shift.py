@@ -42,6 +42,14 @@ def exact_shift(matrix, subset):
     return BATCH * (matrix[rest].mean(0) - matrix.mean(0)).sum()
 
 
+def pooled_unit(sizes, *, n=N):
+    """Pooled sd of training with and without s samples over that of training with them: batches shrink by (n − s)/n."""
+    return np.sqrt((1 + n / (n - np.asarray(sizes))) / 2)
+
+
+SIZES = [len(subset) for subset in SUBSETS]
+
+
 @pytest.mark.parametrize("centre", ["batch", "others"])
 def test_shift_and_error_over_shuffles(centre):
     rng, matrix, _, noise = setting(1)
@@ -54,7 +62,7 @@ def test_shift_and_error_over_shuffles(centre):
         found = subset_estimates(totals, noise, packed=packed, removal=removal)
         runs.append(found.mu)
     spread = np.std(runs, axis=0)
-    truth = np.array([exact_shift(matrix, subset) for subset in SUBSETS]) / noise.sigma
+    truth = np.array([exact_shift(matrix, subset) for subset in SUBSETS]) / (noise.sigma * pooled_unit(SIZES))
     bias = np.mean(runs, axis=0) - truth * (1 if centre == "others" else (1 - 1 / BATCH) * N / (N - 1))
     assert (np.abs(bias) < 5 * spread / sims**0.5).all()
     # 10 %: samples share batches, which correlates their errors in ways the formula leaves out.
@@ -124,7 +132,7 @@ def test_small_and_exact_replacement_differ_by_the_factor():
         totals = SampleTotals.from_signals(step, code, value=value, n_samples=N, centre=centre)
         small = subset_estimates(totals, noise, packed=packed)
         exact = subset_estimates(totals, noise, packed=packed, removal=Removal(replacement="exact"))
-        factor = top / (N - packed.sizes)
+        factor = top / (N - packed.sizes) / pooled_unit(packed.sizes)
         np.testing.assert_allclose(exact.mu, factor * small.mu)
         np.testing.assert_allclose(exact.se, factor * small.se)
 
@@ -152,7 +160,31 @@ def test_full_signals_have_the_grid_error_and_the_noise_its_own():
     np.testing.assert_allclose(wide.se, np.hypot(expected, 0.15 * found.mu))
     exact = SampleTotals.from_panel(panel, ShuffledEpochs(N, BATCH))
     mu = subset_estimates(exact, noise, packed=packed, removal=Removal(replacement="exact")).mu
-    np.testing.assert_allclose(mu * noise.sigma, [exact_shift(matrix, subset) for subset in SUBSETS])
+    expected = [exact_shift(matrix, subset) for subset in SUBSETS]
+    np.testing.assert_allclose(mu * noise.sigma * pooled_unit(SIZES), expected)
+
+
+def test_noise_of_training_without_a_subset_is_that_of_smaller_batches():
+    # Means over batches, summed over an epoch: 400 samples in 20 batches of 20 against 200 of them in 20 batches of 10.
+    # Variances over 4,000 shuffles, standard error of their ratio 3 %; the seed is fixed.
+    rng = np.random.default_rng(8)
+    samples, positions = 400, 20
+    matrix = rng.normal(size=(samples, positions))
+
+    def variance(members):
+        places = np.arange(positions)[:, None]
+        orders = (rng.permutation(members).reshape(positions, -1) for _ in range(4000))
+        return np.var([matrix[order, places].mean(1).sum() for order in orders])
+
+    kept = np.arange(samples // 2)
+    ratio = variance(kept) / variance(np.arange(samples))
+    totals = SampleTotals(np.ones(samples), np.zeros(samples), np.zeros(samples))
+    removal = Removal(replacement="exact")
+    unit = removal.noise_ratio(np.array([samples // 2]), totals, noise=Noise(1.0, None, "shuffled", ""))[0]
+    assert ratio == pytest.approx(2, rel=0.12)
+    assert unit == pytest.approx(((1 + ratio) / 2) ** 0.5, rel=0.05)
+    drawn = removal.noise_ratio(np.array([samples // 2]), totals, noise=Noise(1.0, None, "with-replacement", ""))
+    assert drawn[0] == 1
 
 
 def test_unvisited_samples_are_nan():

@@ -61,6 +61,11 @@ def naive_shift(run: fi.Run, members: list[int], table: Any = "signals") -> floa
     return total * (SAMPLES - 1) / (SAMPLES - len(members))
 
 
+def naive_unit(run: fi.Run, members: list[int]) -> float:
+    """Pooled sd of training with and without the members, whose batches are n/(n − s) times smaller."""
+    return naive_sigma(run) * ((1 + SAMPLES / (SAMPLES - len(members))) / 2) ** 0.5
+
+
 def naive_sigma(run: fi.Run) -> float:
     """σ² = Σ over epochs of b/(n − 1)·Σ d², d the doubly centred matrix of every sample at every position."""
     variance = 0.0
@@ -72,23 +77,22 @@ def naive_sigma(run: fi.Run) -> float:
 
 
 def test_samples_subsets_and_groups_equal_a_naive_computation(run: fi.Run) -> None:
-    sigma = naive_sigma(run)
     samples = run.influence("validation")
     assert samples.columns == ["sample", "mu", "se", "ci_low", "ci_high", "p_value", "q_value"]
     assert samples["sample"].to_list() == list(range(SAMPLES))
     for sample in (0, 17, 199):
-        assert samples["mu"][sample] == pytest.approx(naive_shift(run, [sample]) / sigma, rel=1e-4)
+        assert samples["mu"][sample] == pytest.approx(naive_shift(run, [sample]) / naive_unit(run, [sample]), rel=1e-4)
     subsets = {"one": [3, 4, 5, 90], "two": list(range(50, 80))}
     table = run.influence("validation", subsets=subsets)
     assert table["subset"].to_list() == ["one", "two"]
     assert table["size"].to_list() == [4, 30]
     for row, members in enumerate(subsets.values()):
-        assert table["mu"][row] == pytest.approx(naive_shift(run, members) / sigma, rel=1e-4)
+        assert table["mu"][row] == pytest.approx(naive_shift(run, members) / naive_unit(run, members), rel=1e-4)
     groups = run.influence("validation", groups="planted")
     planted = run.samples().filter("planted")["sample"].to_list()
     assert groups["group"].to_list() == [False, True]
     assert groups["size"].to_list() == [SAMPLES - len(planted), len(planted)]
-    assert groups["mu"][1] == pytest.approx(naive_shift(run, planted) / sigma, rel=1e-4)
+    assert groups["mu"][1] == pytest.approx(naive_shift(run, planted) / naive_unit(run, planted), rel=1e-4)
     assert groups["mu"][1] < 0
 
 

@@ -45,6 +45,18 @@ class Removal:
             return np.ones(len(sizes))
         return (n if totals.centre == "batch" else n - 1) / (n - sizes)
 
+    def noise_ratio(self, sizes: Ints, totals: SampleTotals, *, noise: Noise) -> Floats:
+        """Return the unit of μ over the noise σ of the run, (k,).
+
+        μ counts in the pooled standard deviation of training with and without S. Under "exact" replacement and
+        shuffling the latter has the same number of batches, each n/(n − s) times smaller, and so n/(n − s) times the
+        variance; pooled, σ²·(1 + n/(n − s))/2. Draws with replacement keep the batch size, and their noise.
+        """
+        shuffled = noise.method in ("shuffled", "successive")
+        if self.budget == "epochs" or self.replacement == "small" or not shuffled:
+            return np.ones(len(sizes))
+        return np.sqrt((1 + totals.n_samples / (totals.n_samples - sizes)) / 2)
+
 
 @dataclass(frozen=True)
 class Estimates:
@@ -115,8 +127,10 @@ def subset_estimates(
     factor = removal.factor(packed.sizes, totals)
     shift = -factor * packed.sums(totals.centred if steps else totals.total)
     variance = factor**2 * _variance(totals, noise, packed=packed, steps=steps)
-    mu = shift / sigma
-    return Estimates(mu, np.sqrt(variance / noise.variance + (mu * noise.relative_error / 2) ** 2), packed.sizes)
+    unit = removal.noise_ratio(packed.sizes, totals, noise=noise)
+    mu = shift / (sigma * unit)
+    se = np.sqrt(variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2)
+    return Estimates(mu, se, packed.sizes)
 
 
 def _variance(totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, steps: bool) -> Floats:
