@@ -19,6 +19,9 @@ from finfluence.workflows.recipes import Recipe, load_recipe
 
 ExecutorName = Literal["ensemble", "processes", "ray"]
 
+# Share of the data above which removing a subset is no small change.
+_LARGE = 0.05
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -27,6 +30,7 @@ class Verification:
     Attributes:
         query: name of the query.
         size: samples in the subset.
+        share: of all training samples.
         predicted: from the recorded run.
         measured: from retraining.
         measured_interval: 95 % interval of the measured μ.
@@ -37,6 +41,7 @@ class Verification:
 
     query: str
     size: int
+    share: float
     predicted: GaussianInfluence
     measured: GaussianInfluence
     measured_interval: tuple[float, float]
@@ -57,7 +62,13 @@ class Verification:
         chance = self.measured.superiority if self.measured.mu > 0 else 1.0 - self.measured.superiority
         needed = self.measured.retrainings()
         verdict = "agree within their errors" if self.agrees else "differ by more than their errors"
-        per_arm = "more than could be done" if needed == float("inf") else str(needed)
+        if not self.agrees and self.share > _LARGE:
+            verdict += f" ({self.share:.0%} of the data is far beyond what a first-order prediction is good for)"
+        per_arm = (
+            "more retrainings than could be done"
+            if needed == float("inf")
+            else (f"{needed} {'retraining' if needed == 1 else 'retrainings'}")
+        )
         measured = f"measured by {self.runs} + {self.runs} retrainings"
         return (
             f"influence of {self.size} samples on {self.query!r}\n"
@@ -65,7 +76,7 @@ class Verification:
             f"{p_high:+.2f}\n"
             f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
             f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability "
-            f"{chance:.2f}; telling it apart takes {per_arm} retrainings an arm (5 % level, 80 % power)."
+            f"{chance:.2f}; telling it apart takes {per_arm} an arm (5 % level, 80 % power)."
         )
 
 
@@ -142,10 +153,12 @@ def verify(
             yield Verification(
                 query=query,
                 size=len(members),
+                share=len(members) / run.samples().height,
                 predicted=predicted,
                 measured=_estimate(frame),
                 measured_interval=(frame["ci_low"][0], frame["ci_high"][0]),
-                runs=interim.runs,
+                # earlier calls may have trained more than this one asked for
+                runs=min(frame["runs_with"][0], frame["runs_without"][0]),
                 finished=interim.reached or interim.runs >= runs,
                 truth=interim.truth,
             )
