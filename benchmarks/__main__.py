@@ -6,6 +6,7 @@ import importlib
 import sys
 
 NAMES = {
+    "arms": "how much noisier training without a subset is, and why its batches are cut as they are",
     "calibration": "one recorded run's μ against retraining, with its ceiling, slope and coverage",
     "oracle": "throughput of the retraining oracle, and the time of 22 subsets × 256 retrainings",
     "overhead": "step time and memory of recording over plain training",

@@ -91,7 +91,8 @@ def flips_found(run: fi.Run, data: Data, sensitivity: Any) -> float:
 def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs: list[float]) -> dict[str, Any]:
     """One line of the table: means over estimates."""
     scores = [agreement(mu, truth[0], ceiling=top, estimated_se=se, truth_se=truth[1]) for mu, se in estimates]
-    reliable = [1 - float((se**2).mean() / mu.var()) for mu, se in estimates]
+    # The width of a pooled t-interval is not the error of the estimate, so pooled rows are not disattenuated.
+    reliable = [0.0 if "pooled" in kind else 1 - float((se**2).mean() / mu.var()) for mu, se in estimates]
 
     def mean(values: list[float]) -> float:
         return float(np.mean(values)) if values else float("nan")

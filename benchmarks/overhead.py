@@ -5,12 +5,13 @@
     python -m benchmarks.overhead --quick
 
 Step times alternate plain and recorded steps, so that both meet the same machine; ratios are medians over rounds. Peak
-memory is that of separate processes, one plain and one recorded.
+memory is that of separate processes, one plain and one recorded, with the same libraries loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
@@ -163,6 +164,9 @@ def resident_peak() -> float:
 
 
 def report_peak(name: str, optimizer: str, mode: str, device: str) -> None:
+    # Both modes load the same libraries (polars and pyarrow among them): what recording itself adds is in question.
+    importlib.import_module("finfluence.runs.recorder")
+    importlib.import_module("pyarrow.parquet")
     work = WORKLOADS[name](device, optimizer)
     steps = 9
     if mode == "plain":
