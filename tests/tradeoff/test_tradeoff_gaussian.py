@@ -1,4 +1,4 @@
-"""GaussianInfluence: formulas of method.md section 1 against simulation and closed forms, text and validation."""
+"""GaussianInfluence: its formulas against simulation and closed forms, text and validation."""
 
 import math
 import subprocess

@@ -1,7 +1,7 @@
 """Per-sample directional derivatives: ⟨w_i ∇ℓ_i, q⟩ for every sample of a batch, never the gradients themselves.
 
 Three ways, one result: hooks on the untouched modules inside the user's own backward pass, forward mode through the
-vector of losses, and finite differences (method.md, section 6).
+vector of losses, and finite differences.
 """
 
 from finfluence.gradients._recording import Recording

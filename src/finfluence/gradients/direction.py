@@ -17,7 +17,7 @@ class LinearFactors:
     """The weight part of a direction for one nn.Linear as a sum of few outer products, scale · deltaᵀ x.
 
     A loss over r input rows has exactly this weight gradient (x the layer's input rows, delta the gradient at its
-    output rows), and then x q_Wᵀ = (x Xᵀ) Δ costs n·r·(d_in + d_out) instead of n·d_in·d_out (method.md, section 6).
+    output rows), and then x q_Wᵀ = (x Xᵀ) Δ costs n·r·(d_in + d_out) instead of n·d_in·d_out.
 
     Args:
         x: (r, d_in) input rows.

@@ -26,9 +26,9 @@ from finfluence.gradients.direction import Direction
 class HookedDerivatives:
     """Records ⟨q_k, w_i ∇ℓ_i⟩ for every sample of a batch while the user's loss runs forward and backward.
 
-    For a module y = f(x; W) with output gradient δ the contribution of sample i is ⟨δ_i, (∂f/∂W) q⟩_i (method.md,
-    section 6): closed forms for common layers, the module's own forward-mode derivative otherwise. The weights w_i are
-    whatever the loss made them: mean, sum, sample weights, AMP's scale.
+    For a module y = f(x; W) with output gradient δ the contribution of sample i is ⟨δ_i, (∂f/∂W) q⟩_i: closed forms
+    for common layers, the module's own forward-mode derivative otherwise. The weights w_i are whatever the loss made
+    them: mean, sum, sample weights, AMP's scale.
 
     Hooks do nothing outside of `record`, and never change a value of the training step. Derivatives that the model's
     forward itself takes (gradient penalties) are not supported.
