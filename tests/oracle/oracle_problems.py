@@ -134,16 +134,17 @@ class Misfortunes(ClassificationTask):
     def __init__(self, how: str, folder: str) -> None:
         super().__init__()
         self.how, self.folder = how, folder
-        self.seen: dict[int, bool] = {}  # by model
+        self.model: Any = None  # held, because a freed model's id may come back with the next one
+        self.seen = False
 
     def losses(self, model: Any, batch: Any) -> Any:
-        if id(model) not in self.seen:
-            self.seen = {id(model): False}
-        self.seen[id(model)] |= bool((batch[0] == MARKER).all(1).any())
+        if model is not self.model:
+            self.model, self.seen = model, False
+        self.seen |= bool((batch[0] == MARKER).all(1).any())
         return super().losses(model, batch)
 
     def measure(self, model: Any, batch: Any) -> Any:
-        if not self.seen[id(model)]:
+        if not self.seen:
             self._strike()
         return super().losses(model, batch).mean()
 
