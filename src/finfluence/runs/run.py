@@ -281,10 +281,3 @@ def pool(
     ]
     reporting = Reporting(level=level, alternative=alternative, correction=correction)
     return pool_frames(frames, reporting=reporting)
-
-
-def describe(frame: pl.DataFrame) -> str:
-    """One line about what a frame's figures are, for people: estimator, unit, condition and sign."""
-    meta = metadata(frame)
-    parts = [f"{key}: {meta[key]}" for key in ("estimator", "sensitivity", "unit", "condition") if key in meta]
-    return "; ".join(parts)
