@@ -1,8 +1,10 @@
 """The command line as a user meets it: real runs, real files, one line on bad input."""
 
+import base64
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import polars as pl
@@ -35,6 +37,27 @@ def test_demo_says_what_mu_means_and_finds_planted_labels(demo: tuple[Path, str]
 
     # seeded: the run is the same on every machine up to rounding; chance is 0.5
     assert detection_scores(run, "validation")["replay"].auroc > 0.8
+
+
+def test_demo_closes_the_loop(demo: tuple[Path, str]) -> None:
+    directory, out = demo
+    last = out.splitlines()[-7:]
+    pairs = [line for line in last if "predicted μ" in line and "measured μ" in line]
+    assert len(pairs) == 3
+    for line in pairs:
+        predicted, measured = (float(part.split()[0]) for part in line.split("μ =")[1:])
+        # both clearly harmful, and of one size: seeded, and their intervals overlap widely
+        assert predicted < -1
+        assert 0.4 < predicted / measured < 2.5
+    accuracy = next(line for line in last if line.startswith("Test accuracy"))
+    before, after = (float(word.rstrip("%")) for word in accuracy.split() if word.endswith("%"))
+    assert after > before
+    assert last[-1].startswith(f"Report: {directory / 'report.html'}")
+    assert (directory / "report.html").stat().st_size > 10_000
+    kept, dropped = (pl.read_csv(directory / name) for name in ("cleaned.csv", "cleaned.dropped.csv"))
+    assert kept.height + dropped.height == 250
+    # a tenth of the labels is wrong; the cut is mostly made of them
+    assert dropped["planted"].mean() > 0.5  # pyright: ignore[reportOperatorIssue]
 
 
 def test_score_formats_hold_the_same_numbers(demo: tuple[Path, str], tmp_path: Path) -> None:
@@ -76,7 +99,16 @@ def test_verify_puts_measured_beside_predicted(demo: tuple[Path, str]) -> None:
     assert (demo[0] / "verify").is_dir()
 
 
+def test_report_of_the_demo_has_thumbnails(demo: tuple[Path, str], tmp_path: Path) -> None:
+    done = finfluence("report", str(demo[0]), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 0, done.stderr
+    packed = (tmp_path / "r.html").read_text(encoding="utf-8").split('id="payload">')[1].split("<")[0]
+    assert b'"shape":[8,8,1]' in zlib.decompress(base64.b64decode(packed))
+
+
 BAD = [
+    (["report", "{run}", "--output", "{run}/run.json"], ".html"),
+    (["report", "{run}", "--query", "nope"], "nope"),
     (["score", "no-such-run"], "no-such-run"),
     (["score", "{run}", "--query", "nope"], "nope"),
     (["score", "{run}", "--group", "nope"], "nope"),
@@ -104,7 +136,7 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "score", "verify"])
+@pytest.mark.parametrize("command", ["demo", "train", "score", "report", "clean", "verify", "compare-runs", "doctor"])
 def test_help_has_an_example(command: str) -> None:
     done = finfluence(command, "--help")
     assert done.returncode == 0

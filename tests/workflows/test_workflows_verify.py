@@ -1,13 +1,18 @@
 """`verify` and the recipes that make it possible from a run directory alone."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import finfluence as fi
 from finfluence.errors import InputError
-from finfluence.workflows import load_recipe, verify
+from finfluence.workflows import clean, load_recipe, removal_curve, verify
 from finfluence.workflows.digits import digits, flip_labels, mlp
+from finfluence.workflows.verification import curve_points
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,56 @@ def test_precision_stops_early(run: fi.Run) -> None:
     states = list(verify(run, np.arange(10), runs=400, precision=3.0, progress=False))
     assert states[-1].finished
     assert len(states) < 400 / 16
+
+
+def test_what_is_verified_is_kept_with_the_run_and_on_its_curve(run: fi.Run) -> None:
+    path = Path(run.directory) / "verified.json"
+    path.unlink(missing_ok=True)
+    found = run.verify(np.arange(10), name="first ten", runs=8, progress=False)
+    assert found.runs >= 8
+    for point in curve_points(run, "validation", [5, "recommended"]):
+        list(verify(run, point, query="validation", runs=8, progress=False))
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    assert entries[0]["name"] == "first ten"
+    assert set(entries[0]) >= {"query", "name", "size", "ids_hash", "k", "predicted", "measured", "runs"}
+    assert entries[0]["k"] is None
+    assert entries[1]["k"] == 5
+    curve = removal_curve(run, "validation")
+    assert curve.measured["k"].to_list() == sorted([5, curve.recommended])
+    assert (curve.measured["mu"] < 0).all()
+    # asked again with more runs, the entry is replaced
+    list(verify(run, np.arange(10), name="first ten", runs=12, progress=False))
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert len(again) == len(entries)
+    assert sum(entry["name"] == "first ten" for entry in again) == 1
+
+
+def test_a_cut_is_verified_against_the_prediction_that_counts_the_choice(run: fi.Run) -> None:
+    cleaning = clean(run, "validation", top=8)
+    found = run.verify(cleaning, runs=8, progress=False)
+    assert found.predicted == cleaning.predicted
+    plain = run.verify(cleaning.dropped["sample"], runs=8, progress=False)
+    assert plain.predicted.mu < found.predicted.mu < 0
+    assert plain.measured.mu == found.measured.mu  # the same retrainings
+    assert "8 samples" in found._repr_html_()
+    with pytest.raises(InputError, match="nothing to verify"):
+        run.verify(clean(run, "validation", fdr=1e-300))
+    for bad in (0, 200):
+        with pytest.raises(InputError, match="rows"):
+            curve_points(run, "validation", [bad])
+
+
+def test_data_that_changed_since_the_run_are_refused(run: fi.Run) -> None:
+    recipe = load_recipe(run.manifest["recipe"])
+    pixels, labels = recipe.dataset.tensors
+    other = labels.clone()
+    other[[17, 40]] = (other[[17, 40]] + 1) % 10
+    changed = dataclasses.replace(recipe, dataset=torch.utils.data.TensorDataset(pixels, other))
+    with pytest.raises(InputError, match="2 of 200 samples changed since the run, the first is 17"):
+        next(verify(run, [1, 2], recipe=changed))
+    fewer = dataclasses.replace(recipe, dataset=torch.utils.data.TensorDataset(pixels[:150], labels[:150]))
+    with pytest.raises(InputError, match="150 samples now, the run was trained on 200"):
+        next(verify(run, [1, 2], recipe=fewer))
 
 
 def test_a_run_without_recipe_says_what_to_do(run: fi.Run) -> None:

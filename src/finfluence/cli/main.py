@@ -31,11 +31,16 @@ def register() -> None:
     """Adds the commands to the application, once; their modules load here and not with this one."""
     if app.registered_commands:
         return
+    from finfluence.cli.clean import clean
+    from finfluence.cli.compare_runs import compare_runs
     from finfluence.cli.demo import demo
+    from finfluence.cli.doctor import doctor
+    from finfluence.cli.report import report
     from finfluence.cli.score import score
+    from finfluence.cli.train import train
     from finfluence.cli.verify import verify
 
-    for command in (demo, score, verify):
+    for command in (demo, train, score, report, clean, verify, compare_runs, doctor):
         app.command(no_args_is_help=False)(command)
 
 

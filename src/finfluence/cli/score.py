@@ -89,8 +89,10 @@ def score(
         write_frame(frame, cast(Format, format))
         return
     if "sample" in frame.columns:
-        about = opened.samples().select(pl.col("sample"), pl.exclude("sample", *frame.columns))
+        about = opened.samples().select(pl.col("sample"), pl.exclude("sample", "content_hash", *frame.columns))
         frame = frame.join(about, on="sample", how="left", maintain_order="left")
+    if group is not None and (blank := opened.samples()[group].null_count()):
+        print(f"{blank} samples have no {group!r} and are in no group.", file=sys.stderr)
     ordered = frame.sort("mu", nulls_last=True)
     print(SIGN_CONVENTION)
     print_table(ordered.head(top), title=f"Influence on {name!r}, most harmful first")

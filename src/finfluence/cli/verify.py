@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -20,9 +20,17 @@ def verify(
     flagged: Annotated[
         bool, typer.Option("--flagged", help="Remove the samples that are harmful at a false-discovery rate of 5 %.")
     ] = False,
+    curve: Annotated[
+        str | None,
+        typer.Option(help="Points of the removal curve: remove the K most harmful, for each of these, e.g. 10,50,200."),
+    ] = None,
+    effect: Annotated[str, typer.Option(help="With --curve: harmful or supporting rows first.")] = "harmful",
     query: Annotated[str | None, typer.Option(help="Query; may be left out where there is one.")] = None,
     runs: Annotated[int, typer.Option(help="Retrainings an arm at most.")] = 64,
-    executor: Annotated[str, typer.Option(help="ensemble (small models), processes or ray.")] = "ensemble",
+    executor: Annotated[
+        str | None,
+        typer.Option(help="ensemble (small models), processes or ray; what suits the run's model by default."),
+    ] = None,
     precision: Annotated[
         float | None, typer.Option(help="Stop when the 95 % interval of the measured mu is narrower than this.")
     ] = None,
@@ -30,34 +38,57 @@ def verify(
     """Retrain with and without a subset and print predicted mu beside measured mu, both with intervals.
 
     Example: finfluence verify runs/demo --flagged --precision 0.8
+    Another: finfluence verify runs/demo --curve 10,50,recommended --runs 32
     """
     from finfluence.runs import open_run
     from finfluence.tradeoff import SIGN_CONVENTION
-    from finfluence.workflows.verification import Verification, flagged_samples
+    from finfluence.workflows.cleaning import clean
+    from finfluence.workflows.verification import Chosen, Verification, curve_points
     from finfluence.workflows.verification import verify as verify_subset
 
-    if executor not in ("ensemble", "processes", "ray"):
+    if executor not in (None, "ensemble", "processes", "ray"):
         raise InputError(f"unknown executor {executor!r}; choose ensemble, processes or ray")
-    if (subset is None) == (not flagged):
-        raise InputError("say which samples to remove: --subset FILE, or --flagged (one of them)")
+    if (subset is not None) + flagged + (curve is not None) != 1:
+        raise InputError("say which samples to remove: --subset FILE, --flagged or --curve K,K,... (one of them)")
     opened = open_run(run)
     name = choose_query(opened, query)
-    ids = flagged_samples(opened, name) if subset is None else read_ids(subset, opened)
-    state: Verification | None = None
-    for state in verify_subset(
-        opened,
-        ids,
-        query=name,
-        runs=runs,
-        precision=precision,
-        executor=cast(Any, executor),
-        progress=sys.stderr.isatty(),
-    ):
-        low, high = state.measured_interval
-        print(
-            f"{state.runs} retrainings an arm: measured μ = {state.measured.mu:+.2f} (95 % {low:+.2f} to {high:+.2f})",
-            file=sys.stderr,
-        )
-    assert state is not None
+    chosen: list[Any]
+    if subset is not None:
+        chosen = [read_ids(subset, opened)]
+    elif flagged:
+        chosen = [Chosen.of(clean(opened, name))]
+    else:
+        chosen = curve_points(opened, name, _points(curve or ""), effect=cast(Any, effect))
+    states: list[Verification] = []
+    for ids in chosen:
+        state: Verification | None = None
+        for state in verify_subset(
+            opened,
+            ids,
+            name=subset.stem if subset else "flagged",
+            query=name,
+            runs=runs,
+            precision=precision,
+            executor=cast(Any, executor),
+            progress=sys.stderr.isatty(),
+        ):
+            low, high = state.measured_interval
+            print(
+                f"{state.name}, {state.runs} retrainings an arm: measured μ = {state.measured.mu:+.2f} "
+                f"(95 % {low:+.2f} to {high:+.2f})",
+                file=sys.stderr,
+            )
+        assert state is not None
+        states.append(state)
     print(SIGN_CONVENTION)
-    print(state)
+    for state in states:
+        print(state)
+
+
+def _points(text: str) -> list[int | Literal["recommended"]]:
+    points: list[int | Literal["recommended"]] = []
+    for word in text.replace(" ", "").split(","):
+        if word != "recommended" and not word.isdigit():
+            raise InputError(f"--curve takes numbers of rows such as 10,50,200 or recommended, got {word!r}")
+        points.append("recommended" if word == "recommended" else int(word))
+    return points

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finfluence.runs.replaying import plan_replay, replay
     from finfluence.runs.run import Run, open_run, pool
     from finfluence.runs.sampling import Sampler
-    from finfluence.runs.tasks import CausalLMTask, ClassificationTask, RegressionTask, Task
+    from finfluence.runs.tasks import CausalLMTask, ClassificationTask, Contrast, RegressionTask, Task
     from finfluence.runs.training import train
 
 __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupportedDunderAll]
@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
         "finfluence.runs.replay_plan": ("ReplayOptions",),
         "finfluence.runs.run": ("Run", "open_run", "pool"),
         "finfluence.runs.sampling": ("Sampler",),
-        "finfluence.runs.tasks": ("CausalLMTask", "ClassificationTask", "RegressionTask", "Task"),
+        "finfluence.runs.tasks": ("CausalLMTask", "ClassificationTask", "Contrast", "RegressionTask", "Task"),
         "finfluence.runs.training": ("train",),
     },
 )

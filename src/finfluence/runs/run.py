@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import polars as pl
 
@@ -24,9 +26,14 @@ from finfluence.influence import (
 )
 from finfluence.influence import pool as pool_frames
 from finfluence.runs._adjoints import read_adjoints
-from finfluence.runs.estimates import influence_table
+from finfluence.runs.estimates import Shifts, influence_table
 from finfluence.signals import SELF, SignalStore, SignalTable, arrays, open_folder
 from finfluence.tradeoff import SIGN_CONVENTION
+
+if TYPE_CHECKING:
+    # the façade's results live above this floor; see the methods, which import them when they are called
+    from finfluence.workflows.cleaning import Cleaning
+    from finfluence.workflows.verification import Verification
 
 RunEstimator = Literal["gaussian", "tracin", "max", "median", "two-stage-gaussian", "clopper-pearson"]
 
@@ -79,6 +86,8 @@ class Run:
         alternative: Alternative = "two-sided",
         correction: Correction = "bh",
         budget: Budget | None = None,
+        shifts: Shifts = "kriged",
+        path_noise: float | None = None,
     ) -> pl.DataFrame:
         """Influence on a query: one row a sample, or a subset, or a group.
 
@@ -98,6 +107,12 @@ class Run:
             alternative: of the p-values: "two-sided", "harmful" (μ < 0) or "supporting" (μ > 0).
             correction: q-values by Benjamini–Hochberg ("bh") or Benjamini–Yekutieli ("by").
             budget: removal under equal "steps" or equal "epochs"; the sampler's own by default.
+            shifts: of the gaussian estimator on batch signals: "kriged" predicts from the noise panel what a sample's
+                signals were where no batch held it, and corrects the panel's noise; "plain" sums what was recorded.
+                Where a run has no panel, has full signals or another sampler than shuffling, both are the same.
+            path_noise: what standard errors count for the path, which would be another in a rerun: a multiple of the
+                error from where batches held the samples. By default 1 for replayed signals; 0 makes them conditional
+                on this run's path.
 
         Returns:
             Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value.
@@ -130,13 +145,48 @@ class Run:
                 f'the {estimator} estimator takes ids, for example subsets={{"web": ids}}; names alone are for watched '
                 "subsets and the two-stage estimators"
             )
-        found = self._table(query, table, estimator, budget)
+        found = self._table(query, table, estimator, budget, shifts=shifts, path=path_noise)
         found = found.with_reporting(level=level, alternative=alternative, correction=correction)
         if subsets is not None:
             return found.subsets(subsets)
         if groups is not None:
             return found.groups(self._group_labels(groups))
         return found.samples()
+
+    def clean(self, query: str, **options: Any) -> Cleaning:
+        """Chooses rows to leave out and predicts what that does; `.write(path)` writes the data without them.
+
+        Args:
+            query: name of a recorded query.
+            **options: effect ("harmful" or "supporting"), and one of fdr, top or budget; group, correction, data: see
+                `finfluence.workflows.clean`.
+        """
+        from finfluence.workflows.cleaning import clean
+
+        return clean(self, query, **options)
+
+    def verify(self, ids: Any, **options: Any) -> Verification:
+        """Retrains with and without some samples and puts measured μ beside predicted μ.
+
+        Args:
+            ids: sample ids, or what `clean` returned.
+            **options: query, runs, precision, executor, recipe: see `finfluence.workflows.verify`.
+        """
+        from finfluence.workflows.verification import verify
+
+        *_, last = verify(self, ids, **options)
+        return last
+
+    def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
+        """Writes the run's report, one HTML file that opens anywhere.
+
+        Args:
+            path: where to; report.html in the run's directory by default.
+            query: the one to show; all of them by default.
+        """
+        from finfluence.workflows.report import write_report
+
+        return write_report(self, path, query=query)
 
     def _signal_table(self, sensitivity: str) -> SignalTable:
         if sensitivity not in ("run", "live"):
@@ -156,16 +206,27 @@ class Run:
             )
         return "live"
 
-    def _table(self, query: str, table: SignalTable, estimator: Any, budget: Budget | None) -> Any:
-        key = (query, table, estimator, budget)
+    def _table(
+        self,
+        query: str,
+        table: SignalTable,
+        estimator: Any,
+        budget: Budget | None,
+        *,
+        shifts: Shifts = "plain",
+        path: float | None = None,
+    ) -> Any:
+        key = (query, table, estimator, budget, shifts, path)
         if key not in self._tables:
-            self._tables[key] = influence_table(self.store, query, table=table, estimator=estimator, budget=budget)
+            self._tables[key] = influence_table(
+                self.store, query, table=table, estimator=estimator, budget=budget, shifts=shifts, path_noise=path
+            )
         return self._tables[key]
 
     def _group_labels(self, column: str) -> pl.Series:
         samples = self.samples()
         if column not in samples.columns or column == "sample":
-            known = [c for c in samples.columns if c != "sample"]
+            known = [c for c in samples.columns if c not in ("sample", "content_hash")]
             raise InputError(
                 f"unknown group column {column!r}; the sample table has {', '.join(known) or 'no further columns'}"
             )
@@ -220,6 +281,9 @@ class Run:
     def __str__(self) -> str:
         return f"{self!r}\n{SIGN_CONVENTION}"
 
+    def _repr_html_(self) -> str:
+        return f'<pre style="white-space: pre-wrap">{html.escape(str(self))}</pre>'
+
 
 def open_run(directory: str | os.PathLike[str], *, partial: bool = False) -> Run:
     """Opens a recorded run.
@@ -246,6 +310,7 @@ def pool(
     level: float = 0.95,
     alternative: Alternative = "two-sided",
     correction: Correction = "bh",
+    shifts: Shifts = "kriged",
 ) -> pl.DataFrame:
     """Influence averaged over several runs (seeds) of the same training.
 
@@ -261,6 +326,7 @@ def pool(
         level: of the intervals.
         alternative: of the p-values.
         correction: of the q-values.
+        shifts: as in `Run.influence`.
 
     Returns:
         The columns of `Run.influence`.
@@ -270,7 +336,7 @@ def pool(
     """
     if len(runs) < 2:
         raise InputError(f"pooling needs at least two runs, got {len(runs)}; a single run has run.influence(query)")
-    frames = [run.influence(query, subsets=subsets, groups=groups, level=level) for run in runs]
+    frames = [run.influence(query, subsets=subsets, groups=groups, level=level, shifts=shifts) for run in runs]
     if query == SELF:  # each run's own unit: there is no noise of the measurement in it
         return pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
     sigmas = [float(metadata(frame)["sigma"]) for frame in frames]

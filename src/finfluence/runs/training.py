@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceError, InputError
 from finfluence.gradients import check_model
+from finfluence.runs._content import check_source, with_content
 from finfluence.runs._loop import RecordingLoop
 from finfluence.runs._manifest import SensitivityKind, SignalKind, describe_plan, describe_run, environment
 from finfluence.runs._progress import ShowProgress
@@ -29,7 +30,7 @@ from finfluence.runs.replaying import replay
 from finfluence.runs.run import Run, open_run
 from finfluence.runs.sampling import Sampler, SamplerKind
 from finfluence.runs.self_signals import SelfSignals
-from finfluence.runs.tasks import Task
+from finfluence.runs.tasks import Task, measurement
 from finfluence.runs.watch import Auxiliary, WatchedSubsets
 from finfluence.signals import (
     IdDtype,
@@ -86,6 +87,7 @@ def train(
     checkpoint_every: int | None = None,
     replay_options: ReplayOptions | None = None,
     recipe: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
     exist: Literal["error", "resume"] = "error",
     show_progress: ShowProgress = "auto",
 ) -> Run:
@@ -95,7 +97,8 @@ def train(
         task: the losses of a batch and the measurement of a query.
         model: trained in place; parameters after a recorded run equal those of a bare run bit for bit.
         dataset: map-style dataset.
-        queries: data of each query by name: map-style datasets or ready batches.
+        queries: data of each query by name: map-style datasets, ready batches, a finfluence.runs.Contrast of two, or
+            functions of the model that return a scalar.
         optimizer: finfluence.SGD, Adam or AdamW.
         epochs: passes over the data.
         batch_size: samples an optimizer step sees.
@@ -124,6 +127,8 @@ def train(
         checkpoint_every: steps between stored states; about the square root of the number of steps by default.
         replay_options: damping, Hessian-vector products and memory of the replay.
         recipe: {"function": "module:function", "arguments": {...}} from which the command line can rebuild this run.
+        source: {"path", "format", "id_column"} of the file that the dataset was made of (see `runs.sources.Source`), so
+            that it can be cleaned; its rows' content hashes are recorded, else those of the dataset's items.
         exist: "resume" goes on from the last state of a killed run.
         show_progress: "auto" shows a bar on a terminal's standard error after two seconds; "never" is silent.
 
@@ -155,7 +160,8 @@ def train(
     if signals == "full" and plan.sampler.kind != "shuffled":
         raise InputError(f'signals="full" is defined for the shuffled sampler, got {plan.sampler.kind!r}; use "batch"')
     n = dataset_size(dataset)
-    table = sample_table(samples, ids=ids, n=n)
+    origin = check_source(source)
+    table, content = with_content(sample_table(samples, ids=ids, n=n), dataset, source=origin)
     check_model(model)
     engine = Engine(task, model, dataset=dataset, plan=plan, collate=collate)
     batches = query_batches(queries, collate=collate, device=engine.device)
@@ -188,6 +194,8 @@ def train(
             "panel": {"samples": panel.samples, "positions": panel.positions},
             "checkpoint_every": interval,
             "recipe": dict(recipe) if recipe else None,
+            "source": origin,
+            "content": content,
             "watch": {name: np.asarray(members).tolist() for name, members in (watch or {}).items()},
             "auxiliary": auxiliary,
             "self_influence": self_influence,
@@ -292,7 +300,7 @@ def checkpoint_interval(total_steps: int, *, refresh: int, every: int | None) ->
 
 def _measure(engine: Engine, batch: Any, model: nn.Module) -> Tensor:
     with engine.autocast():
-        return engine.task.measure(model, batch)
+        return measurement(engine.task, model, batch)
 
 
 def _largest_residual(directory: str | os.PathLike[str]) -> float | None:

@@ -122,6 +122,7 @@ def digits(
             batch_size=batch_size,
             seed=seed,
         ),
+        image_shape=(8, 8),
         samples=pl.DataFrame(
             {
                 "sample": np.arange(samples, dtype=np.int64),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finfluence.errors import InputError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finfluence.runs import Plan, Task
+    from finfluence.runs.data import Collate
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Recipe:
         queries: data of each query, by name.
         plan: how to train.
         samples: one row a sample, with columns worth reading or grouping by; None for the bare index.
+        collate: makes a batch of a list of samples; None for PyTorch's own.
+        executor: of the retraining oracle that suits the model: "ensemble" for small ones, else "processes".
+        image_shape: shape in which a sample's tensor is a picture, (h, w), (c, h, w) or (h, w, c); None for the
+            tensor's own.
         held_out: data that neither training nor queries see, for judging a cleaned model; None if there is none.
         reference: "module:function" and arguments this recipe was made from.
     """
@@ -41,6 +46,9 @@ class Recipe:
     queries: Mapping[str, Any]
     plan: Plan
     samples: pl.DataFrame | None = None
+    collate: Collate | None = None
+    executor: Literal["ensemble", "processes", "ray"] = "ensemble"
+    image_shape: tuple[int, ...] | None = None
     held_out: Any = None
     reference: Mapping[str, Any] = field(default_factory=dict)
 

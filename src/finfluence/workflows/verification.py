@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,15 +14,17 @@ import numpy as np
 import polars as pl
 from torch import nn
 
-from finfluence.errors import InputError
+from finfluence.errors import FinfluenceWarning, InputError, StoreError
 from finfluence.runs import Plan, Retraining, Run, Truth, retrain_until
+from finfluence.runs.sources import dataset_hashes
+from finfluence.signals import open_folder
 from finfluence.tradeoff import GaussianInfluence
+from finfluence.workflows._cut_files import matching_rows, read_origin, source_of
+from finfluence.workflows.cleaning import Cleaning
 from finfluence.workflows.recipes import Recipe, load_recipe
+from finfluence.workflows.removal import LARGE_CUT, VERIFIED_FILE, Effect, Selection, chance_text, verified
 
 ExecutorName = Literal["ensemble", "processes", "ray"]
-
-# Share of the data above which removing a subset is no small change.
-_LARGE = 0.05
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,10 @@ class Verification:
 
     Attributes:
         query: name of the query.
+        name: of the subset, for people.
         size: samples in the subset.
         share: of all training samples.
-        predicted: from the recorded run.
+        predicted: from the recorded run; corrected for the choice where the subset was chosen by the run's estimates.
         measured: from retraining.
         measured_interval: 95 % interval of the measured μ.
         runs: retrainings an arm so far.
@@ -40,6 +45,7 @@ class Verification:
     """
 
     query: str
+    name: str
     size: int
     share: float
     predicted: GaussianInfluence
@@ -62,7 +68,7 @@ class Verification:
         chance = self.measured.superiority if self.measured.mu > 0 else 1.0 - self.measured.superiority
         needed = self.measured.retrainings()
         verdict = "agree within their errors" if self.agrees else "differ by more than their errors"
-        if not self.agrees and self.share > _LARGE:
+        if not self.agrees and self.share > LARGE_CUT:
             verdict += f" ({self.share:.0%} of the data is far beyond what a first-order prediction is good for)"
         per_arm = (
             "more retrainings than could be done"
@@ -76,35 +82,98 @@ class Verification:
             f"{p_high:+.2f}\n"
             f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
             f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability "
-            f"{chance:.2f}; telling it apart takes {per_arm} an arm (5 % level, 80 % power)."
+            f"{chance_text(chance)}; telling it apart takes {per_arm} an arm (5 % level, 80 % power)."
         )
+
+    def _repr_html_(self) -> str:
+        from finfluence.workflows.notebook import text_html
+
+        return text_html(str(self))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A subset that was chosen by the run's own estimates, with what it is then predicted to do.
+
+    Attributes:
+        name: for people.
+        ids: its samples.
+        predicted: corrected for the choice.
+        effect: "harmful" or "supporting".
+        k: where it is the k strongest rows, a point of the removal curve; else None.
+    """
+
+    name: str
+    ids: np.ndarray
+    predicted: GaussianInfluence
+    effect: Effect
+    k: int | None = None
+
+    @classmethod
+    def of(cls, cleaning: Cleaning) -> Chosen:
+        """The rows that a cleaning drops.
+
+        Raises:
+            InputError: it drops nothing.
+        """
+        if cleaning.predicted is None:
+            raise InputError(f"nothing to verify: {str(cleaning).splitlines()[0]}")
+        ids = cleaning.dropped["sample"].to_numpy()
+        k = len(ids) if cleaning.rule.top is not None and cleaning.group is None else None
+        name = f"flagged {cleaning.effect} rows" if k is None else f"{k} most {cleaning.effect}"
+        return cls(name, ids, cleaning.predicted, cleaning.effect, k)
+
+
+def curve_points(
+    run: Run, query: str, ks: Sequence[int | Literal["recommended"]], *, effect: Effect = "harmful"
+) -> list[Chosen]:
+    """Points of a removal curve, to verify: the k strongest rows for every k.
+
+    Raises:
+        InputError: a k that is not between 1 and the number of samples less one, or no recommended cut.
+    """
+    selection = Selection.of(run, query, effect=effect)
+    found: list[Chosen] = []
+    for wanted in ks:
+        k = selection.recommended if wanted == "recommended" else wanted
+        if k == 0:
+            raise InputError(f"no row is clear enough to recommend a cut for {query!r}; give numbers of rows")
+        if not 0 < k <= min(len(selection.order), selection.frame.height - 1):
+            raise InputError(f"cannot remove {k} rows of {selection.frame.height}; leave some to train on")
+        positions = selection.order[:k]
+        ids = selection.frame["sample"].gather(positions).to_numpy()
+        found.append(Chosen(f"{k} most {effect}", ids, selection.influence_of(positions), effect, k))
+    return found
 
 
 def verify(
     run: Run,
-    ids: Sequence[Any] | np.ndarray,
+    ids: Sequence[Any] | np.ndarray | Chosen | Cleaning,
     *,
+    name: str = "subset",
     query: str | None = None,
     recipe: Recipe | None = None,
     runs: int = 64,
     precision: float | None = None,
-    executor: ExecutorName = "ensemble",
+    executor: ExecutorName | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Iterator[Verification]:
     """Retrains in steps and yields the state after each, until the interval is narrow enough or the runs are done.
 
     Every retraining starts from the parameters that the recorded run started from: a recorded run's μ is conditional
-    on its initialisation.
+    on its initialisation. What is measured is kept in the run's verified.json.
 
     Args:
         run: a run recorded by `train`.
-        ids: samples to remove.
+        ids: samples to remove. Of a cleaning or of `curve_points` the prediction is the one corrected for the choice;
+            of plain ids it is `Run.influence`, right for subsets that were not chosen by the run's own estimates.
+        name: of plain ids, for people.
         query: which query; may be left out where there is one.
         recipe: task, model, data and plan; rebuilt from the run's own entry where it is not given.
         runs: retrainings an arm at most.
         precision: width of the 95 % interval at which to stop; None for all runs.
-        executor: of the retraining oracle.
+        executor: of the retraining oracle; the recipe's own by default.
         directory: where retrainings are kept and found again; `verify` in the run's directory by default.
         progress: whether the oracle shows its own progress.
 
@@ -112,31 +181,39 @@ def verify(
         The state after each step; the last has `finished`.
 
     Raises:
-        InputError: the run carries no recipe and none is given, an unknown query, a subset that is empty or everything.
+        InputError: the run carries no recipe and none is given, an unknown query, a subset that is empty or everything,
+            or data that changed since the run.
         OracleError: retraining cannot be done.
     """
     recipe = recipe or run_recipe(run)
+    if isinstance(ids, Cleaning):
+        query, ids = query or ids.query, Chosen.of(ids)
     if query is None:
         if len(run.queries) != 1:
             raise InputError(f"the run has several queries; choose one of {', '.join(run.queries)}")
         query = run.queries[0]
-    members = np.asarray(ids)
-    predicted = _estimate(run.influence(query, subsets={"removed": members}))
+    check_unchanged(run, recipe)
+    if not isinstance(ids, Chosen):
+        members = np.asarray(ids)
+        ids = Chosen(name, members, _estimate(run.influence(query, subsets={"removed": members})), "harmful")
+    members = ids.ids
+    digest = hashlib.sha256(repr(sorted(members.tolist())).encode()).hexdigest()[:12]
     # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
-    name = f"removed-{hashlib.sha256(repr(sorted(members.tolist())).encode()).hexdigest()[:12]}"
+    arm = f"removed-{digest}"
     plan = Plan.from_dict(run.manifest["plan"])
     experiment = Retraining(
         recipe.task,
         _from_recorded_start(run, recipe.make_model),
         recipe.dataset,
         recipe.queries,
-        subsets={name: members},
+        subsets={arm: members},
         optimizer=plan.optimizer,
         epochs=plan.epochs,
         batch_size=plan.batch_size,
         directory=directory or f"{str(run.directory).rstrip('/')}/verify",
         initialisation="fixed",
-        executor=executor,
+        executor=executor or recipe.executor,
+        collate=recipe.collate,
         # other batch orders than the recorded run's own, so that prediction and truth are independent
         seed=plan.seed + 1,
         sampler=plan.sampler,
@@ -149,12 +226,13 @@ def verify(
     )
     with experiment:
         for interim in retrain_until(experiment, query, precision=precision or 1e-9, runs=runs):
-            frame = interim.influence.filter(pl.col("subset") == name)
-            yield Verification(
+            frame = interim.influence.filter(pl.col("subset") == arm)
+            state = Verification(
                 query=query,
+                name=ids.name,
                 size=len(members),
                 share=len(members) / run.samples().height,
-                predicted=predicted,
+                predicted=ids.predicted,
                 measured=_estimate(frame),
                 measured_interval=(frame["ci_low"][0], frame["ci_high"][0]),
                 # earlier calls may have trained more than this one asked for
@@ -162,6 +240,60 @@ def verify(
                 finished=interim.reached or interim.runs >= runs,
                 truth=interim.truth,
             )
+            _record(run, state, chosen=ids, digest=digest)
+            yield state
+
+
+def check_unchanged(run: Run, recipe: Recipe) -> None:
+    """Refuses data that are no longer what the run was trained on.
+
+    Raises:
+        InputError: another number of samples, or items with another content than recorded.
+    """
+    samples = run.samples()
+    if len(recipe.dataset) != samples.height:
+        raise InputError(
+            f"the data have {len(recipe.dataset)} samples now, the run was trained on {samples.height}; "
+            "record a run on the new data"
+        )
+    source = source_of(run, data=None, id_column=None)
+    if source is not None:
+        matching_rows(run, read_origin(source), source)
+        return
+    if run.manifest.get("content") not in ("items", "rows"):
+        return
+    found = dataset_hashes(recipe.dataset)
+    if found is None:
+        return
+    ids, expected = samples["sample"].to_list(), samples["content_hash"].to_list()
+    changed = [i for i, now, then in zip(ids, found, expected, strict=True) if now != then]
+    if changed:
+        raise InputError(
+            f"{len(changed)} of {len(ids)} samples changed since the run, the first is {changed[0]!r}; "
+            "record a run on the new data"
+        )
+
+
+def _record(run: Run, state: Verification, *, chosen: Chosen, digest: str) -> None:
+    """Writes what was measured so far into the run's verified.json, one entry a query and subset."""
+    low, high = state.measured_interval
+    entry = {
+        "query": state.query,
+        "name": state.name,
+        "effect": chosen.effect,
+        "size": state.size,
+        "ids_hash": digest,
+        "k": chosen.k,
+        "predicted": {"mu": state.predicted.mu, "se": state.predicted.se},
+        "measured": {"mu": state.measured.mu, "se": state.measured.se, "ci_low": low, "ci_high": high},
+        "runs": state.runs,
+    }
+    others = [e for e in verified(run) if (e.get("query"), e.get("ids_hash")) != (state.query, digest)]
+    try:
+        text = json.dumps([*others, entry], indent=1, ensure_ascii=False)
+        open_folder(run.directory).write(VERIFIED_FILE, text.encode("utf-8"))
+    except StoreError as error:
+        warnings.warn(f"what was verified is not kept with the run: {error}", FinfluenceWarning, stacklevel=2)
 
 
 def run_recipe(run: Run) -> Recipe:
@@ -177,21 +309,6 @@ def run_recipe(run: Run) -> Recipe:
             'train(..., recipe={"function": "module:function"}), or call finfluence.workflows.verify with a recipe'
         )
     return load_recipe(reference)
-
-
-def flagged_samples(run: Run, query: str, *, fdr: float = 0.05) -> np.ndarray:
-    """Ids of the samples that are harmful for a query at a false-discovery rate.
-
-    Raises:
-        InputError: no sample is.
-    """
-    frame = run.influence(query, alternative="harmful").filter(pl.col("q_value") <= fdr)
-    if frame.is_empty():
-        raise InputError(
-            f"no sample is harmful for {query!r} at a false-discovery rate of {fdr:.0%}; pool several runs or look at "
-            "groups"
-        )
-    return frame["sample"].to_numpy()
 
 
 def _estimate(frame: pl.DataFrame) -> GaussianInfluence:
@@ -213,4 +330,4 @@ def _from_recorded_start(run: Run, make_model: Callable[[int], nn.Module]) -> Ca
     return _RecordedStart(make_model, int(run.manifest["seed"] or 0))
 
 
-__all__ = ["Verification", "flagged_samples", "run_recipe", "verify"]
+__all__ = ["Chosen", "Verification", "check_unchanged", "curve_points", "run_recipe", "verify"]
