@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finfluence.runs import (
         CausalLMTask,
         ClassificationTask,
+        Contrast,
         NoisePanel,
         Plan,
         Recorder,
@@ -73,6 +74,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
         "finfluence.runs": (
             "CausalLMTask",
             "ClassificationTask",
+            "Contrast",
             "NoisePanel",
             "Plan",
             "Recorder",

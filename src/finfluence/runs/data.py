@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from finfluence.errors import InputError
+from finfluence.runs.tasks import Contrast, is_function_query
 
 Collate = Callable[[list[Any]], Any]
 
@@ -61,27 +62,47 @@ def to_device(batch: Any, device: Any) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, Contrast):
+        return Contrast(to_device(batch.first, device), to_device(batch.second, device))
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(v, device) for v in batch)
     return batch
 
 
 def query_batch(query: Any, *, collate: Collate | None = None, device: Any = None) -> Any:
-    """One batch of a query: a map-style dataset is collated whole, a ready batch is passed through."""
+    """One batch of a query: a map-style dataset is collated whole; a ready batch or a function is passed through.
+
+    Raises:
+        InputError: it is none of these, or a contrast of unequal numbers of samples.
+    """
+    if isinstance(query, Contrast):
+        first, second = (query_batch(side, collate=collate, device=device) for side in (query.first, query.second))
+        sizes = batch_length(first), batch_length(second)
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"a contrast compares two answers to the same prompts, but its sides have {sizes[0]} and {sizes[1]} "
+                "samples; give both for every prompt"
+            )
+        return Contrast(first, second)
+    if is_function_query(query):
+        return query
     if isinstance(query, Dataset):
         return take(query, np.arange(dataset_size(query)), collate=collate, device=device)
     if isinstance(query, (Tensor, Mapping, tuple, list)):
         return to_device(query, device)
     if hasattr(query, "__len__") and hasattr(query, "__getitem__"):
         return take(query, np.arange(dataset_size(query)), collate=collate, device=device)
-    raise InputError(f"a query must be a map-style dataset or a ready batch, got {type(query).__name__}")
+    raise InputError(
+        "a query must be a map-style dataset, a ready batch, a Contrast of two or a function of the model, got "
+        f"{type(query).__name__}"
+    )
 
 
 def query_batches(queries: Mapping[str, Any], *, collate: Collate | None = None, device: Any = None) -> dict[str, Any]:
-    """Every query as one batch, by name.
+    """Every query as one batch (or contrast, or function), by name.
 
     Raises:
-        InputError: there is no query, or one is neither a dataset nor a batch.
+        InputError: there is no query, or one cannot be used.
     """
     if not isinstance(queries, Mapping) or not queries:
         raise InputError('queries must be a non-empty mapping from name to data, for example {"validation": val_set}')
@@ -105,6 +126,8 @@ def batch_length(batch: Any) -> int | None:
     """Size of the first tensor's leading dimension in a nested batch; None where there is no tensor."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Contrast):
+        return (batch_length(batch.first) or 0) + (batch_length(batch.second) or 0) or None
     values: Sequence[Any] = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(values, (tuple, list)):
         for value in values:

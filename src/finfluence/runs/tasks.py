@@ -8,6 +8,7 @@ a function in its place.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,6 +30,40 @@ class Task(Protocol):
     def measure(self, model: Any, batch: Any) -> Tensor:
         """() the scalar that is asked about a query."""
         ...
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A query that asks for a difference: the measurement on `first` minus the measurement on `second`.
+
+    With a language model and two completions of the same prompts it is loss(first) − loss(second). The rise of the
+    second completion is the fall of this number, so that μ > 0 still reads "the samples support the first".
+
+    Attributes:
+        first: a map-style dataset or a ready batch.
+        second: the same, with as many samples.
+    """
+
+    first: Any
+    second: Any
+
+
+def is_function_query(query: object) -> bool:
+    """Whether a query is a function of the model (a map-style dataset may be callable too, and is data)."""
+    return callable(query) and not isinstance(query, (Tensor, Mapping)) and not hasattr(query, "__getitem__")
+
+
+def measurement(task: Task, model: Any, query: Any) -> Tensor:
+    """() what a query asks: of a batch `Task.measure`, of a `Contrast` its difference, of a function its value.
+
+    Args:
+        task: measures batches.
+        model: the model, or a callable in its place.
+        query: a ready batch, a Contrast of two, or a function that takes the model and returns a scalar tensor.
+    """
+    if isinstance(query, Contrast):
+        return task.measure(model, query.first) - task.measure(model, query.second)
+    return query(model) if is_function_query(query) else task.measure(model, query)
 
 
 class MeanLossTask:
@@ -106,11 +141,17 @@ class CausalLMTask(MeanLossTask):
         if labels is None:
             labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
         output = model(input_ids=ids) if mask is None else model(input_ids=ids, attention_mask=mask)
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+            seen = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise InputError(
+                f"CausalLMTask needs logits of shape ({ids.shape[0]}, {ids.shape[1]}, vocabulary), the model returned "
+                f"{seen}; load it with its language-model head (AutoModelForCausalLM), or write your own Task"
+            )
         targets = labels[:, 1:]
-        token = functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), targets, reduction="none", ignore_index=-100
-        )
+        # low-precision logits would lose the small differences between tokens
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        token = functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=-100)
         counts = (targets != -100).sum(1)
         return token.sum(1) / torch.clamp(counts, min=1)
 

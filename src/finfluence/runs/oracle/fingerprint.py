@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -11,19 +12,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from finfluence.runs.data import Collate, take
+from finfluence.runs.tasks import Contrast, is_function_query
 
 _SAMPLES = 256
 _BYTES = 64 << 20  # of a sample or a tensor; more is hashed in evenly spaced pieces
 
 
 def of_batch(batch: Any) -> str:
-    """Hash of a nested batch's values."""
+    """Hash of a nested batch's values; of a function its name, which is all that lasts from one session to the next."""
+    if isinstance(batch, Contrast):
+        return of_batch({"first": of_batch(batch.first), "second": of_batch(batch.second)})
+    if is_function_query(batch):
+        return of_batch(_function_name(batch))
     digest = hashlib.sha256()
     leaves, spec = tree_flatten(batch)
     digest.update(str(spec).encode())
     for leaf in leaves:
         _update(digest, leaf)
     return digest.hexdigest()[:16]
+
+
+def _function_name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def of_dataset(dataset: Any, n: int, collate: Collate | None) -> str | None:

@@ -232,7 +232,7 @@ def retrain(
         task: losses of a batch and measurement of a query; models are measured in evaluation mode.
         make_model: called with a seed, returns a fresh model.
         dataset: map-style dataset of n samples.
-        queries: a map-style dataset or a ready batch by name.
+        queries: as of `train`: a map-style dataset, a ready batch, a Contrast or a function of the model by name.
         subsets: sample ids by name.
         optimizer: finfluence.SGD, Adam or AdamW.
         epochs: passes over all n samples.

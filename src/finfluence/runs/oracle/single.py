@@ -13,6 +13,7 @@ from torch import nn
 from finfluence.runs.data import model_device, to_device
 from finfluence.runs.engine import Engine, isolated_rng
 from finfluence.runs.oracle.problem import Job, Outcome, Problem, finished, one_line
+from finfluence.runs.tasks import measurement
 
 
 @contextlib.contextmanager
@@ -67,5 +68,5 @@ def _measurements(problem: Problem, job: Job) -> np.ndarray:
         if batch.step + 1 in checkpoints:
             row = checkpoints.index(batch.step + 1)
             with torch.no_grad(), evaluating(model), engine.autocast():
-                values[row] = [float(problem.task.measure(model, query)) for query in queries]
+                values[row] = [float(measurement(problem.task, model, query)) for query in queries]
     return values

@@ -27,6 +27,7 @@ from finfluence.runs.oracle.executors._cross_entropy import FewClassCrossEntropy
 from finfluence.runs.oracle.executors.base import Tick
 from finfluence.runs.oracle.problem import Job, Problem, diverged
 from finfluence.runs.oracle.single import evaluating
+from finfluence.runs.tasks import measurement
 
 Randomness = Literal["error", "different"]
 _TICK_STEPS = 25
@@ -217,7 +218,7 @@ class StackedTraining:
         for query in self.queries.values():
 
             def measured(state: dict[str, Tensor], query: Any = query) -> Tensor:
-                return self.problem.task.measure(self._call(state), query)
+                return measurement(self.problem.task, self._call(state), query)
 
             at_once = max(1, _MEASURE_BYTES // max(1, sample_bytes * (batch_length(query) or 1)))
             with torch.no_grad(), evaluating(self.module), self.autocast(), FewClassCrossEntropy():
