@@ -89,6 +89,29 @@ def test_difference_products(tmp_path, method, tolerance, optimizer):
                 assert (np.abs(problems.step_signals(other, step, table=table) - expected) / scale).max() < tolerance
 
 
+def test_smoothing_differs_from_the_derivative_where_there_are_kinks_alone(tmp_path):
+    """ReLU has no curvature but its kinks. Smoothed products are central; a smooth network's hardly change."""
+
+    def relu() -> torch.nn.Module:
+        model = problems.mlp()
+        model[1] = torch.nn.ReLU()
+        return model
+
+    off = {}
+    for name, make in (("tanh", problems.mlp), ("relu", relu)):
+        runs = [
+            problems.train(tmp_path / f"{name}-{k}", model=make(), replay_options=options)
+            for k, options in enumerate((ReplayOptions(), ReplayOptions(smoothing=0.05)))
+        ]
+        exact, smoothed = (problems.step_signals(run, 0) for run in runs)
+        off[name] = np.abs(smoothed - exact).max() / np.abs(exact).max()
+        assert runs[1].manifest["replay"]["options"]["smoothing"] == 0.05
+        assert "smoothing" not in runs[0].manifest["replay"]["options"]
+    assert ReplayOptions(smoothing=0.05).method(1) == "central"
+    assert off["tanh"] < 0.02
+    assert off["relu"] > 3 * off["tanh"]
+
+
 def test_live_signals_beside_a_replay_and_what_was_trained(tmp_path):
     """The last step's live and replayed signals nearly agree: nothing but its own curvature lies between them.
 

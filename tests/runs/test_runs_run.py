@@ -13,7 +13,7 @@ from runs_problems import N, record
 
 import finfluence as fi
 from finfluence.errors import FinfluenceWarning, InputError, StoreError
-from finfluence.influence import two_stage
+from finfluence.influence import metadata, two_stage
 from finfluence.workflows.digits import digits
 
 SAMPLES = 200
@@ -94,6 +94,35 @@ def test_samples_subsets_and_groups_equal_a_naive_computation(run: fi.Run) -> No
     assert groups["size"].to_list() == [SAMPLES - len(planted), len(planted)]
     assert groups["mu"][1] == pytest.approx(naive_shift(run, planted) / naive_unit(run, planted), rel=1e-4)
     assert groups["mu"][1] < 0
+
+
+def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
+    """Kriged and plain μ differ, agree in rank and say which they are; path noise widens errors and moves nothing."""
+    recipe = digits(samples=SAMPLES, epochs=EPOCHS, batch_size=BATCH, hidden=16)
+    own = fi.train(
+        recipe.task,
+        recipe.make_model(0),
+        recipe.dataset,
+        queries=recipe.queries,
+        optimizer=recipe.plan.optimizer,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        directory=tmp_path / "run",
+        sensitivity="replay",
+        panel=fi.NoisePanel(samples=40, positions=5),
+        show_progress="never",
+    )
+    kriged, plain = own.influence("validation"), own.influence("validation", shifts="plain")
+    assert (metadata(kriged)["shifts"], metadata(plain)["shifts"]) == ("kriged", "plain")
+    assert metadata(kriged)["path_noise"] == 1.0
+    assert 0.8 < np.corrcoef(kriged["mu"], plain["mu"])[0, 1] < 0.9999
+    on_path = own.influence("validation", path_noise=0.0)
+    assert on_path["mu"].equals(kriged["mu"])
+    assert (on_path["se"] < kriged["se"]).all()
+    assert on_path["se"].mean() < own.influence("validation", shifts="plain", path_noise=0.0)["se"].mean()
+    for wrong in ({"shifts": "kriging"}, {"path_noise": -1.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            own.influence("validation", **wrong)
 
 
 def test_live_signals_and_tracin_equal_a_naive_computation(run: fi.Run) -> None:

@@ -299,7 +299,7 @@ def test_self_is_a_reserved_query_and_must_have_been_recorded(tmp_path: Path) ->
         ({"batch_size": 43}, r"batch_size must lie between 1 and the number of samples \(42\), got 43"),
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
         ({"queries": {}}, "queries must be a non-empty mapping"),
-        ({"queries": {"q": 3}}, "a query must be a map-style dataset or a ready batch, got int"),
+        ({"queries": {"q": 3}}, "a query must be a map-style dataset, a ready batch, a Contrast .* got int"),
         ({"optimizer": torch.optim.SGD}, "optimizer must be finfluence.SGD, Adam or AdamW"),
         ({"signals": "full", "sampler": "poisson"}, 'signals="full" is defined for the shuffled sampler'),
         ({"watch": {"s": [1]}, "sensitivity": "replay"}, "watched subsets use live sensitivities"),

@@ -59,7 +59,8 @@ def _layout(record: Recording, output: Output, delta: Tensor | None, label: str)
                 f"the batch of {record.batch_size} samples; {remedy}"
             )
         return None
-    if not output.decided and record.coincidence:
+    # LoRA's A before the first step: its B is zero, so the probe saw no gradient there, and there is none to ascribe.
+    if not output.decided and record.coincidence and bool(delta.any()):
         raise RecordingError(
             f"the batch of {record.batch_size} samples cannot be told apart in the output of {label} of shape "
             f"{tuple(output.shape)}; {remedy}"
@@ -84,7 +85,7 @@ def _generic(
         if not q:
             continue
         with suspended():
-            primals, images = _derivative(call.module, q, args, kwargs, ambience)
+            primals, images = _derivative(record, call.module, q, args, kwargs, ambience)
         if call.checksum is not None:
             _verify(call, primals, label)
         for output, delta, layout in zip(call.outputs, deltas, chosen, strict=True):
@@ -96,12 +97,15 @@ def _generic(
             record.sums[:, k] += values.to(record.sums.device)
 
 
-def _derivative(module: Any, q: dict[str, Tensor], args: Any, kwargs: Any, ambience: Ambience) -> Any:
+def _derivative(
+    record: Recording, module: Any, q: dict[str, Tensor], args: Any, kwargs: Any, ambience: Ambience
+) -> Any:
     try:
         return tangents(module, q, args=args, kwargs=kwargs, ambience=ambience)
     except RuntimeError as error:
         if not lacks_forward_mode(error):
             raise
+        record.approximate = True
         return differences(module, q, args=args, kwargs=kwargs, ambience=ambience)
 
 

@@ -72,7 +72,7 @@ class Discovery:
         if not self.settled:
             for name in sorted(self._leaks(record, tensors)):
                 self._escalate(record, name)
-        if not record.coincidence and record.batch_size > 1:
+        if not record.coincidence and record.batch_size > 1 and record.segments is None:
             for index, t in enumerate(tensors_in(output)):
                 options = layouts.candidates(t.shape, record.batch_size, feature_dims=0, batch_dim=batch_dim)
                 if options and isinstance(options[0], int):

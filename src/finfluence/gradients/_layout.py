@@ -1,18 +1,51 @@
 """Where the samples of a batch lie in a tensor.
 
 A layout is the dimension whose index is the sample, or, for a batch folded into the rows of dimension 0,
-"batch-major" (row = sample · t + time) or "time-major" (row = time · b + sample).
+"batch-major" (row = sample · t + time) or "time-major" (row = time · b + sample), or `Segments`: samples of different
+lengths one behind the other along one dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Layout = int | Literal["batch-major", "time-major"]
+
+@dataclass(frozen=True)
+class Segments:
+    """Samples one behind the other along a dimension (padding-free batches of tokens).
+
+    Args:
+        lengths: (b,) entries of each sample; what follows the last belongs to no sample (padding at the end).
+        dim: the dimension.
+    """
+
+    lengths: tuple[int, ...]
+    dim: int = 1
+
+    def within(self, shape: Sequence[int], total: int) -> Segments | None:
+        """Where the samples lie in a tensor of a batch of `total` entries: (1, total, …) or (total, …), else None.
+
+        (1, total − 1, …) is a next-token result, whose entries belong to the token that they were made from.
+        """
+        if len(shape) >= 2 and shape[0] == 1 and shape[1] in (total, total - 1):
+            return Segments(self.lengths, 1)
+        return Segments(self.lengths, 0) if len(shape) >= 1 and shape[0] == total else None
+
+    def sum(self, tensor: Tensor, *, keep: int) -> Tensor:
+        """(b, *last `keep` dimensions): the sum over each sample's entries."""
+        tensor = tensor.movedim(self.dim, 0)
+        kept = tensor.shape[tensor.ndim - keep :] if keep else ()
+        rows = tensor.reshape(len(tensor), -1, *kept).sum(1)
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return torch.stack([rows[end - n : end].sum(0) for n, end in zip(self.lengths, ends, strict=True)])
+
+
+Layout = int | Literal["batch-major", "time-major"] | Segments
 
 
 def candidates(shape: Sequence[int], batch_size: int, *, feature_dims: int, batch_dim: int | None) -> list[Layout]:
@@ -42,6 +75,8 @@ def admits(shape: Sequence[int], batch_size: int, layout: Layout) -> bool:
     """Whether a tensor of this shape can have the layout."""
     if isinstance(layout, int):
         return layout < len(shape) and shape[layout] == batch_size
+    if isinstance(layout, Segments):
+        return layout.dim < len(shape) and shape[layout.dim] >= sum(layout.lengths)
     return len(shape) >= 1 and shape[0] % batch_size == 0
 
 
@@ -75,6 +110,8 @@ def sum_to_samples(
     Returns:
         (b, *last `keep` dimensions).
     """
+    if isinstance(layout, Segments):
+        return layout.sum(tensor if dtype is None else tensor.to(dtype), keep=keep)
     if batch_size == 1:
         kept = tensor.shape[tensor.ndim - keep :]
         return tensor.reshape(1, -1, *kept).sum(1, dtype=dtype)

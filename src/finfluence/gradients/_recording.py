@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finfluence.gradients._capture import ModuleCall, Output
+from finfluence.gradients._layout import Segments
 from finfluence.gradients._queries import QueryTable
 from finfluence.gradients._replay import Ambience
 
@@ -18,16 +19,26 @@ class Recording:
         batch_size: samples in the batch, b.
         device: of the accumulator.
         dtype: float32, or float64 in a float64 model.
+        segments: where the samples lie if they stand one behind the other, with the length of the whole.
     """
 
-    def __init__(self, table: QueryTable, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        table: QueryTable,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        segments: tuple[Segments, int] | None = None,
+    ) -> None:
         self.batch_size = batch_size
+        self.segments = segments
         self.table = table
         self.sums = torch.zeros(batch_size, len(table), device=device, dtype=dtype)
         self._scale = torch.tensor(table.coefficients, device=device, dtype=dtype)
         self.open = True
         self.probing = False
-        self.fired = False
+        self.fired = self.approximate = False
         self.changed = False
         self.coincidence = False
         self.calls: list[ModuleCall] = []

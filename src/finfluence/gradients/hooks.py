@@ -33,6 +33,10 @@ class HookedDerivatives:
     Hooks do nothing outside of `record`, and never change a value of the training step. Derivatives that the model's
     forward itself takes (gradient penalties) are not supported.
 
+    Attributes:
+        low_precision: whether a gradient of 16 bits was seen (autocast, or a model of that type), or a module had to be
+            differentiated by finite differences.
+
     Args:
         model: left as it is; forward and forward-pre hooks are registered on the modules that have recorded parameters.
         parameters: name → parameter to account for, named as in `dict(model.named_parameters())`; those that do not
@@ -70,6 +74,7 @@ class HookedDerivatives:
         self._table: QueryTable | None = None
         self._record: Recording | None = None
         self._covered: set[str] = set()
+        self.low_precision = False
         self._handles = []
         for module in self._plan.watched():
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -82,12 +87,16 @@ class HookedDerivatives:
         self._handles = []
 
     @contextmanager
-    def record(self, directions: Sequence[Direction], batch_size: int) -> Iterator[Recording]:
+    def record(
+        self, directions: Sequence[Direction], batch_size: int, *, segments: tuple[Sequence[int], int] | None = None
+    ) -> Iterator[Recording]:
         """Record the forward and backward passes that run in the block; both must.
 
         Args:
             directions: q_k, over the recorded parameters.
             batch_size: samples in the batch, b.
+            segments: for samples that stand one behind the other in one row (padding-free batches): the (b,) lengths
+                and the length of the row; None where samples have a dimension.
 
         Returns:
             The recording; its `values`, (b, n_directions), are complete when the block ends.
@@ -105,7 +114,13 @@ class HookedDerivatives:
             table = self._table.rescaled(directions)
         else:
             table = self._table = QueryTable(directions, self._shapes)
-        record = Recording(table, batch_size=batch_size, device=self._device, dtype=self._dtype)
+        if segments is not None and (len(segments[0]) != batch_size or sum(segments[0]) > segments[1]):
+            raise InputError(
+                f"segments of lengths {list(segments[0])[:5]}… do not make {batch_size} samples in a row of "
+                f"{segments[1]}; give each sample's length, in order"
+            )
+        placed = None if segments is None else (layouts.Segments(tuple(segments[0])), segments[1])
+        record = Recording(table, batch_size=batch_size, device=self._device, dtype=self._dtype, segments=placed)
         self._record = record
         try:
             yield record
@@ -199,6 +214,10 @@ class HookedDerivatives:
         rule, b = self._plan.rules[module], record.batch_size
         features = rule.feature_dims(module, tensor.ndim) if rule is not None else 0
         options = layouts.candidates(tensor.shape, b, feature_dims=features, batch_dim=self._batch_dim)
+        if record.segments is not None:
+            parts, total = record.segments
+            placed = parts.within(tensor.shape[: tensor.ndim - features], total)
+            return Output(index, tensor.shape, None, [] if placed is None else [placed], placed, True)
         if b == 1:  # everything belongs to the one sample
             return Output(index, tensor.shape, None, [0], 0, True)
         known = self._discovery.layouts.get((module, index, tensor.ndim))
@@ -218,8 +237,10 @@ class HookedDerivatives:
         owned = self._plan.owned.get(call.module)
         record.fired = True
         if owned:
+            self.low_precision |= any(d is not None and d.dtype in (torch.bfloat16, torch.float16) for d in deltas)
             self._covered.update(owned.values())
             contribute(record, call, in_shapes(deltas, call.outputs), self._plan)
+            self.low_precision |= record.approximate
         else:
             call.release()
 

@@ -29,6 +29,9 @@ def query_gradient(
     The model is in evaluation mode during the call; afterwards every submodule's training flag, every buffer, the
     global random states (CPU and the model's CUDA devices) and every `p.grad` are as before.
 
+    A measurement that is a sum may have a method `parts(model)` beside `__call__`, an iterator of its () terms: each is
+    differentiated before the next is computed, which bounds the memory.
+
     Args:
         model: in whatever mode.
         parameters: name → parameter to differentiate by, all requiring gradients.
@@ -46,16 +49,26 @@ def query_gradient(
     names = list(parameters)
     with suspended(), _evaluation(model), torch.enable_grad():
         try:
-            value = measure(model)
-            _check(value)
-            gradients = torch.autograd.grad(value, [parameters[n] for n in names], allow_unused=True)
+            parts = getattr(measure, "parts", None)
+            found: dict[str, Tensor] = {}
+            for value in [measure(model)] if parts is None else parts(model):
+                _check(value)
+                gradients = torch.autograd.grad(value, [parameters[n] for n in names], allow_unused=True)
+                _accumulate(found, dict(zip(names, gradients, strict=True)))
+                del value, gradients  # or its graph would live while the next part is computed
         finally:
             if capture is not None:
                 capture.remove()
-    dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
-    found = {name: g.detach() for name, g in zip(names, dense, strict=True) if g is not None}
     _check_finite(found)
     return Direction(found, factors=capture.verified(found) if capture is not None else None)
+
+
+def _accumulate(total: dict[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
+    for name, gradient in gradients.items():
+        if gradient is None:
+            continue
+        gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        total[name] = gradient if name not in total else total[name] + gradient
 
 
 def _check_finite(gradients: Mapping[str, Tensor]) -> None:

@@ -92,6 +92,13 @@ def identity_residual(values: Tensor, directions: Sequence[Direction], parameter
     return float(torch.where(scale > 0, difference / scale, difference).max())
 
 
-def tolerance(parameters: Mapping[str, nn.Parameter]) -> float:
-    """Residual above which the recording is suspect, by the coarsest dtype of the trainable parameters."""
+def tolerance(parameters: Mapping[str, nn.Parameter], *, low_precision: bool = False) -> float:
+    """Residual above which the recording is suspect, by the coarsest dtype of the trainable parameters.
+
+    Args:
+        parameters: trainable parameters by name.
+        low_precision: whether their gradients or signals are no better all the same (autocast, differences).
+    """
+    if low_precision:
+        return _LOW_PRECISION_LIMIT
     return max(_LIMITS.get(p.dtype, _LOW_PRECISION_LIMIT) for p in parameters.values())

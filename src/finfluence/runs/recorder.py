@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -19,8 +19,9 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from finfluence.errors import FinfluenceWarning, InputError, RecordingError
+from finfluence.errors import FinfluenceWarning, InputError, RecordingError, StoreError
 from finfluence.gradients import Direction, HookedDerivatives, check_model
+from finfluence.runs._batch_record import BatchRecord, as_id_array, has_closure
 from finfluence.runs._identity import GradientFingerprint, identity_residual, tolerance
 from finfluence.runs._manifest import describe_run, environment
 from finfluence.runs._visits import EpochCounter
@@ -29,13 +30,6 @@ from finfluence.runs.live_queries import LiveQueries, Measure
 from finfluence.runs.sampling import Sampler
 from finfluence.sensitivity import UpdateRule, learning_rates
 from finfluence.signals import IdDtype, SignalTable, SignalWriter
-
-
-class BatchRecord:
-    """What a `with recorder.batch(ids)` block yields; set `loss` to keep the batch's mean loss in the run."""
-
-    def __init__(self) -> None:
-        self.loss: float | Tensor | None = None
 
 
 class Recorder:
@@ -71,11 +65,14 @@ class Recorder:
         sampler: how the loop draws its batches; decides the noise formula.
         seed: kept in the run's description.
         manifest: further entries of run.json.
+        exist: what to do with a run that is in the directory: refuse, or "resume" it, which drops what was recorded
+            from step `start` on.
+        start: index of the first step that is recorded.
 
     Raises:
         InputError: no queries, a measurement that has no gradient.
         RecordingError: a model or optimizer that cannot be recorded correctly.
-        StoreError: the directory holds a run, or cannot be written.
+        StoreError: the directory holds a run, or cannot be written; a resumed run ends before step `start`.
     """
 
     def __init__(
@@ -94,6 +91,8 @@ class Recorder:
         sampler: Sampler | None = None,
         seed: int | None = None,
         manifest: Mapping[str, Any] | None = None,
+        exist: Literal["error", "resume"] = "error",
+        start: int = 0,
     ) -> None:
         if not isinstance(queries, Mapping) or not all(callable(q) for q in queries.values()):
             raise InputError(
@@ -116,7 +115,8 @@ class Recorder:
         self._table: SignalTable = "signals"
         self._owned_writer = True
         self.writer: SignalWriter | None = None
-        self.step = 0
+        self.step = start
+        self._exist: Literal["error", "resume"] = exist
         known = set(samples["sample"].to_list()) if samples is not None and "sample" in samples.columns else None
         self._epochs = EpochCounter(with_replacement=self.sampler.kind != "shuffled", known=known)
         self._handles: list[Any] = []
@@ -126,6 +126,7 @@ class Recorder:
         self._begun = self._empty = False
         self._fingerprint: GradientFingerprint | None = None
         self._losses: list[tuple[float, int]] = []
+        self._shares: list[float] = []
         self._place = (0, 0)
         self._rates: tuple[float, ...] = ()
         self._warned: set[str] = set()
@@ -148,7 +149,9 @@ class Recorder:
                 id_dtype=self._id_dtype,
                 manifest=described | environment() | {"refresh": self.live.refresh} | self._manifest,
                 samples=self._samples,
+                exist=self._exist,
             )
+            self._continue(self.writer)
         if self._owned_writer and self._rows == "one":  # a caller that attaches its store has counted the losses
             self._handles = [self.model.register_forward_pre_hook(self._check_rows, with_kwargs=True)]
         self._handles += [
@@ -156,6 +159,19 @@ class Recorder:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         return self
+
+    def _continue(self, writer: SignalWriter) -> None:
+        if self._exist == "resume":
+            last = -1 if writer.last_step is None else writer.last_step
+            if last + 1 < self.step:
+                writer.close("failed")
+                raise StoreError(
+                    f"{writer.directory} was recorded up to step {last} and training resumes at step {self.step}; "
+                    "resume from a checkpoint at or before its end"
+                )
+            writer.truncate_from(self.step)
+            self.largest_residual = float(writer.manifest.get("largest_residual") or 0.0)
+            self.skipped_steps = int(writer.manifest.get("skipped_steps") or 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -169,8 +185,7 @@ class Recorder:
             with contextlib.suppress(Exception):
                 self._finish("failed")
             return
-        if self._pending and all(p.grad is None or not p.grad.any() for p in self.parameters.values()):
-            self._skip_step()
+        self._settle()
         if self._pending:
             warnings.warn(
                 f"{len(self._pending)} batch(es) after step {self.step - 1} were recorded but no optimizer.step() "
@@ -194,15 +209,18 @@ class Recorder:
         self.writer.close(status)
 
     @contextlib.contextmanager
-    def batch(self, ids: Any, *, epoch: int | None = None) -> Iterator[BatchRecord]:
+    def batch(
+        self, ids: Any, *, epoch: int | None = None, segments: tuple[Sequence[int], int] | None = None
+    ) -> Iterator[BatchRecord]:
         """Records one forward and backward pass.
 
         Args:
             ids: (b,) ids of the batch's samples, in the batch's order: int64 or str.
             epoch: index of the epoch; inferred from repeated ids where it is not given.
+            segments: for samples one behind the other in one row (padding-free batches): their lengths and the row's.
 
         Yields:
-            A `BatchRecord`; set its `loss` to keep the batch's mean loss.
+            A `BatchRecord`.
 
         Raises:
             InputError: ids of the wrong type or shape, empty, or repeated within an epoch's batch.
@@ -211,8 +229,7 @@ class Recorder:
         if self.writer is None or not self._handles:
             raise RecordingError("the recorder is not open; write `with Recorder(...) as recorder:` around the loop")
         names = as_id_array(ids, self._id_dtype)
-        if self._pending and all(p.grad is None or not p.grad.any() for p in self.parameters.values()):
-            self._skip_step()
+        self._settle()
         if self._begun:
             self._epochs.visit(names, step=self.step)
         else:
@@ -220,12 +237,14 @@ class Recorder:
         record = BatchRecord()
         self._expected = len(names)
         try:
-            with self._hooks.record(self.directions, len(names)) as recording:
+            with self._hooks.record(self.directions, len(names), segments=segments) as recording:
                 yield record
         finally:
             self._expected = None
         self._pending.append((names, recording.values))
-        if record.loss is not None:
+        if record.loss is not None and record.loss_is == "share":
+            self._shares.append(float(record.loss))
+        elif record.loss is not None:
             self._losses.append((float(record.loss), len(names)))
         self._fingerprint = GradientFingerprint.of(self.parameters)
 
@@ -254,18 +273,30 @@ class Recorder:
             RecordingError: a module couples the samples of a batch (BatchNorm put back into training mode, say).
         """
         check_model(self.model)
+        self._settle()
         self._place = self._epochs.begin_batch(ids, step=self.step, epoch=epoch, position=position)
         self.directions = self.live.directions(self.step)
         self._rates = learning_rates(self.optimizer)
         self._begun, self._empty = True, len(ids) == 0
         return self.directions
 
+    def flush(self) -> None:
+        """Makes every finished step durable, e.g. beside a checkpoint of the training."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def _settle(self) -> None:
+        if self._pending and all(p.grad is None or not p.grad.any() for p in self.parameters.values()):
+            self.skip_step()
+
     def _forget_step(self) -> None:
+        self._shares = []
         self._pending, self._losses, self._fingerprint, self._begun, self._empty = [], [], None, False, False
 
-    def _skip_step(self) -> None:
+    def skip_step(self) -> None:
         """Notes a step that was not taken: its gradient was thrown away (an AMP overflow), so signals moved nothing."""
-        assert self._fingerprint is not None
+        if not self._pending or self._fingerprint is None:
+            return
         nonfinite = not bool(torch.isfinite(self._fingerprint.norm))
         size = sum(len(names) for names, _ in self._pending)
         self._append_step(residual=None, scale=0.0, batch_size=size, skipped=True, nonfinite=nonfinite)
@@ -274,6 +305,11 @@ class Recorder:
         self.skipped_steps += 1
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        # A closure runs the forward and backward pass inside of the step; the gradient is then read behind it.
+        if not has_closure(args, kwargs):
+            self._record_step()
+
+    def _record_step(self) -> None:
         if self.writer is None:
             return
         if self._empty:
@@ -308,27 +344,33 @@ class Recorder:
     ) -> None:
         assert self.writer is not None
         epoch, position = self._place
-        count = sum(b for _, b in self._losses)
         self.writer.append_steps(
             step=self.step,
             epoch=epoch,
             position=position,
             learning_rate=learning_rates(self.optimizer)[0],
             batch_size=batch_size,
-            loss=sum(loss * b for loss, b in self._losses) / count if count else None,
+            loss=self._mean_loss(),
             residual=residual,
             scale=scale,
             nonfinite=nonfinite,
             skipped=skipped,
         )
 
+    def _mean_loss(self) -> float | None:
+        count = sum(b for _, b in self._losses)
+        mean = sum(loss * b for loss, b in self._losses) / count if count else None
+        return sum(self._shares) if self._shares else mean
+
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if has_closure(args, kwargs):
+            self._record_step()
         self._forget_step()
         self.step += 1
 
     def _check_residual(self, residual: float) -> None:
         self.largest_residual = max(self.largest_residual, residual)
-        limit = tolerance(self.parameters)
+        limit = tolerance(self.parameters, low_precision=self._hooks.low_precision)
         if residual <= limit:
             return
         uncovered = self._hooks.uncovered()
@@ -356,26 +398,4 @@ class Recorder:
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            # this frame, the check, _before_step, torch's hook and its wrapper of step
-            warnings.warn(message, FinfluenceWarning, stacklevel=5)
-
-
-def as_id_array(ids: Any, id_dtype: IdDtype) -> np.ndarray:
-    """(b,) array of ids of the run's type.
-
-    Raises:
-        InputError: another type, shape or length 0.
-    """
-    if isinstance(ids, Tensor):
-        ids = ids.detach().cpu().numpy()
-    array = np.asarray(ids)
-    if array.ndim != 1 or array.size == 0:
-        raise InputError(f"ids must be a non-empty one-dimensional list, got shape {array.shape}")
-    kind = "int64" if array.dtype.kind in "iu" else "str" if array.dtype.kind in "UO" else str(array.dtype)
-    if kind != id_dtype:
-        raise InputError(
-            f"ids are {kind} but the run's ids are {id_dtype}; pass id_dtype={kind!r} to the Recorder"
-            if kind in ("int64", "str")
-            else f"ids must be integers or strings, got {array.dtype}"
-        )
-    return array.astype(np.int64) if id_dtype == "int64" else array
+            warnings.warn(message, FinfluenceWarning, stacklevel=6)  # out of our frames and torch's step

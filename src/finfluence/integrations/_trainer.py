@@ -1,0 +1,46 @@
+"""What has to be learnt from a Hugging Face trainer itself, because its callbacks are not told."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from finfluence.errors import InputError
+
+
+def running_trainer() -> Trainer | None:
+    """The trainer that is calling. Its callbacks are not told who it is, and its dataset still has the id column."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer):
+            return candidate
+        frame = frame.f_back
+    return None
+
+
+def prepared_rows(dataset: Any, args: Any, rows: int) -> np.ndarray:
+    """(rows,) int64 index of every row in the dataset that was given to the trainer.
+
+    TRL's trainer prepares its dataset: a row whose labels are all cut away is dropped, and `shuffle_dataset` reorders.
+    What it keeps is an Arrow table of the rows given, behind a list of the rows taken.
+    """
+    taken = getattr(dataset, "_indices", None)
+    if not hasattr(args, "shuffle_dataset") or taken is None:
+        return np.arange(rows, dtype=np.int64)
+    if args.max_length is None and args.shuffle_dataset:
+        raise InputError("shuffle_dataset=True hides which row is which; name the rows with id_column")
+    if args.max_length is None:
+        return np.arange(rows, dtype=np.int64)
+    return np.asarray(taken.column(0).to_numpy(), dtype=np.int64)
+
+
+def is_reentrant(args: Any) -> bool:
+    """Whether checkpointed layers run without a graph first, so that nothing can be learnt from it about layouts."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, False):
+            return bool((getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"))
+    return False
