@@ -35,9 +35,9 @@ def test_the_marked_commands_are_the_ones_that_ci_runs() -> None:
     assert done.stdout.strip().endswith("pytest")
 
 
-@pytest.mark.parametrize("command", re.findall(r"^finfluence (\w+)", README, re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^finfluence ([\w-]+)", README, re.MULTILINE))
 def test_commands_named_in_the_readme_exist(command: str) -> None:
     from finfluence.cli.main import app, register
 
     register()
-    assert command in {c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert command.replace("-", "_") in {c.callback.__name__ for c in app.registered_commands if c.callback}

@@ -327,4 +327,4 @@ def test_a_killed_replay_goes_on_and_ends_the_same(tmp_path, monkeypatch):
         for table in ("signals", "panel"):
             assert signals(run, table).equals(signals(expected, table))
         assert run.adjoints().equals(expected.adjoints())
-        assert not LocalFolder(directory).names("adjoints")
+        assert not LocalFolder(directory).names("adjoint-states")

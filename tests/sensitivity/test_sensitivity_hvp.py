@@ -250,3 +250,37 @@ def test_per_sample_derivatives_come_out_of_the_same_double_backward():
         lambda p: torch.nn.functional.cross_entropy(torch.func.functional_call(model, dict(p), (x,)), y),
     )
     torch.testing.assert_close(products[:, :-2], plain.product(directions[:, :-2]))
+
+
+@pytest.mark.parametrize("sides", ["one-sided", "central"])
+def test_smoothing_counts_the_kinks_on_its_way(sides):
+    """Kinks of weight 1/k spread evenly over [−1, 1] have the curvature 1/2; the exact product sees none of it."""
+    kinks = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    parameters = {"w": torch.full((1,), 0.1, dtype=torch.float64)}
+
+    def loss(values):
+        return torch.relu(values["w"] - kinks).mean()
+
+    direction = torch.tensor([3e-9], dtype=torch.float64)
+    assert batch_hessian(parameters, loss=loss, method="exact").product(direction) == 0
+    smoothed = batch_hessian(parameters, loss=loss, method=sides, smoothing=0.2).product(direction)
+    torch.testing.assert_close(smoothed, direction / 2, rtol=0.01, atol=0.0)
+    assert difference_step(9.0, 2.0, precision=torch.float32, sides=sides, smoothing=0.02) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("sides", ["one-sided", "central"])
+def test_several_points_at_once_give_what_each_gives_alone(sides):
+    parameters, loss, directions, _ = _problem("relu")
+    gradient, calls = gradient_of(loss), []
+
+    def gradients(values):
+        calls.append(len(next(iter(values.values()))))
+        rows = [gradient({name: value[k] for name, value in values.items()}) for k in range(calls[-1])]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    alone = batch_hessian(parameters, gradient=gradient, method=sides, smoothing=0.02)
+    together = batch_hessian(parameters, gradient=gradient, gradients=gradients, method=sides, smoothing=0.02)
+    torch.testing.assert_close(together.product(directions), alone.product(directions), rtol=1e-10, atol=0.0)
+    assert calls == [2] * (1 if sides == "one-sided" else 2)
+    directions[1] = 0
+    torch.testing.assert_close(together.product(directions), alone.product(directions), rtol=1e-10, atol=0.0)

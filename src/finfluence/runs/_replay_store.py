@@ -22,7 +22,7 @@ from finfluence.runs.states import StateStore
 from finfluence.sensitivity import FlatUpdate, States
 from finfluence.signals import Folder, SignalTable, SignalWriter
 
-_STATES = "adjoints"
+_STATES = "adjoint-states"
 _TABLES: tuple[SignalTable, ...] = ("signals", "panel")
 # A norm that moved by more says that the query's data or the model is another.
 _SAME_NORM = 1e-3

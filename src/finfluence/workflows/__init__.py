@@ -1,4 +1,4 @@
-"""What users do with runs, in one call each: recipes, the demonstration, cleaning, the report, verification by retraining."""
+"""What users do with runs, in one call each: recipes, the demonstration, cleaning, the report, verification."""
 
 from finfluence._lazy import lazy_names
 
