@@ -7,6 +7,7 @@ convention (`frame.finfluence.meta`). No torch.
 from finfluence.influence.agreement import Agreement, Ceiling, agreement, ceiling, coverage
 from finfluence.influence.detection import Detection, detection
 from finfluence.influence.grid import Panel, Positions, ShuffledEpochs
+from finfluence.influence.kriging import kriged
 from finfluence.influence.metadata import attach, metadata
 from finfluence.influence.noise import (
     Noise,
@@ -69,6 +70,7 @@ __all__ = [
     "ceiling",
     "coverage",
     "detection",
+    "kriged",
     "metadata",
     "observations",
     "poisson_noise",

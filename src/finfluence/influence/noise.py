@@ -106,10 +106,10 @@ def shuffled_noise(
             raise InputError("the noise panel has one sample; record two or more (50 to 100 is usual)")
         grid = grid_weights(places, sampler, positions=positions)
         column = matrix.mean(axis=0)
-        form, row, wobble = _quadratic(matrix - column, grid, n)
+        form, row, wobble = quadratic_form(matrix - column, grid, n)
         # Means over slots that drop_last leaves empty are means over visits times the share of visits.
         between += max(float((row**2).sum() / (len(codes) - 1) - wobble.mean()), 0.0) / share
-        mean_form = _quadratic(column[None, :], grid, n)[0][0] / n
+        mean_form = quadratic_form(column[None, :], grid, n)[0][0] / n
         drift += max(float(mean_form - form.mean() / n * (1 / len(codes) - 1 / n)), 0.0)
         forms.append(form)
         members.append(tuple(codes.tolist()))
@@ -135,7 +135,7 @@ def shuffled_noise(
     )
 
 
-def _quadratic(rows: Floats, grid: Grid, n: int) -> tuple[Floats, Floats, Floats]:
+def quadratic_form(rows: Floats, grid: Grid, n: int) -> tuple[Floats, Floats, Floats]:
     """Return Q_i, the mean over slots and that mean's sampling variance, each (rows,), of signals (rows, G)."""
     scaled = rows * grid.sizes
     total = scaled @ grid.linear

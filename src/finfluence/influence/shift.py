@@ -73,26 +73,34 @@ class Estimates:
     size: Ints
 
 
-def sample_estimates(totals: SampleTotals, noise: Noise, *, removal: Removal | None = None) -> Estimates:
+def sample_estimates(
+    totals: SampleTotals, noise: Noise, *, removal: Removal | None = None, path_noise: float = 0.0
+) -> Estimates:
     """Estimate μ and se of every single sample.
 
     Args:
         totals: of n samples.
         noise: of the run.
         removal: what is compared; by default equal steps, small subsets.
+        path_noise: see `subset_estimates`.
 
     Returns:
         Estimates of n rows in code order; NaN for samples that no batch held.
     """
     every = np.arange(totals.n_samples)
     packed = PackedSubsets([], every, every, np.ones(totals.n_samples, dtype=np.int64))
-    found = subset_estimates(totals, noise, packed=packed, removal=removal)
+    found = subset_estimates(totals, noise, packed=packed, removal=removal, path_noise=path_noise)
     unseen = totals.visits == 0
     return Estimates(np.where(unseen, np.nan, found.mu), np.where(unseen, np.nan, found.se), found.size)
 
 
 def subset_estimates(
-    totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, removal: Removal | None = None
+    totals: SampleTotals,
+    noise: Noise,
+    *,
+    packed: PackedSubsets,
+    removal: Removal | None = None,
+    path_noise: float = 0.0,
 ) -> Estimates:
     """Estimate μ_S = Δ_S/σ and its standard error for every packed subset.
 
@@ -107,17 +115,26 @@ def subset_estimates(
     the mean over the grid, `SampleTotals.from_panel`. The noise's own relative error ρ (of the variance) adds (μ·ρ/2)²,
     by the delta method.
 
+    !!! Path noise
+        All this is the error of the shift along the run's own path. Another order of the data gives another path, with
+        other sensitivities. One run cannot show how much that moves a shift; `path_noise` says it as a multiple of the
+        standard error of var Δ_S above, and is added in squares.
+
     Args:
         totals: of n samples.
         noise: of the run.
         packed: subsets of codes below n.
         removal: what is compared; by default equal steps, small subsets.
+        path_noise: 0 for none: conditional on the path.
 
     Raises:
-        InputError: zero noise (training does not depend on the order), or noise and totals of different samples.
+        InputError: a negative `path_noise`, zero noise (training does not depend on the order), or noise and totals of
+            different samples.
     """
     removal = removal or Removal()
     n = totals.n_samples
+    if not path_noise >= 0:
+        raise InputError(f"path_noise is {path_noise}; give a number from 0 on, 1 for as much as placement noise")
     if not noise.variance > 0:
         raise InputError("the noise is zero: training does not depend on the order of its data, so μ is not defined")
     if noise.per_sample is not None and len(noise.per_sample) != n:
@@ -126,17 +143,18 @@ def subset_estimates(
     steps = removal.budget == "steps"
     factor = removal.factor(packed.sizes, totals)
     shift = -factor * packed.sums(totals.centred if steps else totals.total)
-    variance = factor**2 * _variance(totals, noise, packed=packed, steps=steps)
+    known = totals.centred_variance if steps else totals.total_variance
+    placed = _placement(totals, noise, packed=packed, steps=steps) if known is None or path_noise else 0.0
+    along = placed if known is None else packed.sums(known)
+    variance = factor**2 * (along + path_noise**2 * placed)
     unit = removal.noise_ratio(packed.sizes, totals, noise=noise)
     mu = shift / (sigma * unit)
     se = np.sqrt(variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2)
     return Estimates(mu, se, packed.sizes)
 
 
-def _variance(totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, steps: bool) -> Floats:
-    known = totals.centred_variance if steps else totals.total_variance
-    if known is not None:
-        return packed.sums(known)
+def _placement(totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, steps: bool) -> Floats:
+    """Variance of the plain shift of each subset, (k,), from where batches happened to hold its samples."""
     size = packed.sizes.astype(np.float64)
     f = size / totals.n_samples
     own = noise.variance * f

@@ -104,6 +104,7 @@ class InfluenceTable:
         budget: see `Removal`.
         replacement: see `Removal`.
         reporting: level, alternative and correction.
+        path_noise: see `subset_estimates`.
         meta: what else to attach to the frames (query, run, …).
     """
 
@@ -114,6 +115,7 @@ class InfluenceTable:
     budget: Budget = "steps"
     replacement: Replacement = "small"
     reporting: Reporting = Reporting()
+    path_noise: float = 0.0
     meta: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class InfluenceTable:
         if self.estimator == "tracin" or self.noise is None:
             found = _tracin(-self.totals.total, np.ones(self.totals.n_samples, dtype=np.int64))
         else:
-            found = sample_estimates(self.totals, self.noise, removal=self._removal)
+            found = sample_estimates(self.totals, self.noise, removal=self._removal, path_noise=self.path_noise)
         return self._frame({"sample": self.index.ids}, found)
 
     def subsets(self, subsets: Subsets) -> pl.DataFrame:
@@ -188,7 +190,9 @@ class InfluenceTable:
         if self.estimator == "tracin" or self.noise is None:
             found = _tracin(-packed.sums(self.totals.total), packed.sizes)
         else:
-            found = subset_estimates(self.totals, self.noise, packed=packed, removal=self._removal)
+            found = subset_estimates(
+                self.totals, self.noise, packed=packed, removal=self._removal, path_noise=self.path_noise
+            )
         labels = pl.Series(key, packed.names) if names is None else names
         return self._frame({key: labels, "size": pl.Series("size", found.size)}, found)
 
@@ -204,6 +208,7 @@ class InfluenceTable:
         }
         if self.estimator == "gaussian" and self.noise is not None:
             how |= {"sigma": self.noise.sigma, "noise": self.noise.method, "noise_note": self.noise.note}
+            how |= {"path_noise": self.path_noise}
         return attach(frame, **how, **dict(self.meta))
 
 

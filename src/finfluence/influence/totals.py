@@ -116,8 +116,8 @@ class SampleTotals:
             total += scaled @ grid.linear / n
             centred += deviation @ grid.linear / n
             factor = (grid.n_positions / n) ** 2 * (1 / len(places) - 1 / grid.n_positions)
-            total_variance += factor * _grid_spread(scaled, positions)
-            centred_variance += factor * _grid_spread(deviation, positions)
+            total_variance += factor * grid_spread(scaled, positions)
+            centred_variance += factor * grid_spread(deviation, positions)
             epochs += 1
         visits = np.full(n, float(epochs))
         return cls(visits, total, centred, centre, float(n), centred_variance, total_variance)
@@ -156,7 +156,8 @@ def centred_signals(step: Ints, value: Floats) -> tuple[Floats, Floats]:
     return value - mean[steps], size[steps]
 
 
-def _grid_spread(matrix: Floats, positions: Positions) -> Floats:
+def grid_spread(matrix: Floats, positions: Positions) -> Floats:
+    """Variance over positions of each sample's signals on the grid, (n, G), as its choice sees it, see `from_panel`."""
     if matrix.shape[1] < 2:
         return np.zeros(len(matrix))
     if positions == "random":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from finfluence.gradients import Direction, HookedDerivatives
 from finfluence.runs.engine import Engine
-from finfluence.sensitivity import ExactHessian, HessianMethod, Layout, batch_hessian
+from finfluence.runs.tasks import FunctionalModel
+from finfluence.sensitivity import EXACT_LIMIT, ExactHessian, HessianMethod, Layout, batch_hessian
 
 
 class Terms(NamedTuple):
@@ -89,11 +92,22 @@ class DifferenceTerms:
         layout: of the flat vectors.
         method: "one-sided" or "central".
         hooks: on the engine's model.
+        smoothing: displacement of the differences, see `finfluence.runs.ReplayOptions`.
     """
 
-    def __init__(self, engine: Engine, layout: Layout, *, method: HessianMethod, hooks: HookedDerivatives) -> None:
-        self.engine, self.layout, self.hooks = engine, layout, hooks
+    def __init__(
+        self,
+        engine: Engine,
+        layout: Layout,
+        *,
+        method: HessianMethod,
+        hooks: HookedDerivatives,
+        smoothing: float | None = None,
+    ) -> None:
+        self.engine, self.layout, self.hooks, self.smoothing = engine, layout, hooks, smoothing
         self.method: HessianMethod = method
+        # A large model's gradient fills the machine by itself, and several at once would fill its memory.
+        self._at_once = sum(p.numel() for p in engine.model.parameters()) <= EXACT_LIMIT
         self._precision = torch.bfloat16 if engine.plan.precision == "bfloat16-autocast" else None
 
     def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
@@ -113,9 +127,22 @@ class DifferenceTerms:
             found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             return dict(zip(engine.parameters, found, strict=True))
 
+        def gradients(parameters: Any) -> dict[str, Tensor]:
+            if self._at_once:
+                try:
+                    return self._stacked(parameters, indices, denominator, before=before)
+                except (RuntimeError, UserWarning):
+                    # An operation without a batching rule; a true error shows again in the loop.
+                    self._at_once = False
+            rows = range(len(next(iter(parameters.values()))))
+            each = [gradient({name: value[row] for name, value in parameters.items()}) for row in rows]
+            return {name: torch.stack([own[name] for own in each]) for name in each[0]}
+
         hessian = batch_hessian(
             self.layout.unflatten(theta),
             gradient=gradient,
+            gradients=gradients,
+            smoothing=self.smoothing,
             method=self.method,
             layout=self.layout,
             precision=self._precision,
@@ -126,6 +153,23 @@ class DifferenceTerms:
         curvature = hessian.product(q)
         _set_random_state(engine.device, after)
         return Terms(recording.values, curvature, at_theta, seen[0])
+
+    def _stacked(self, parameters: Any, indices: np.ndarray, denominator: float, *, before: Any) -> dict[str, Tensor]:
+        """Gradients at several points, (points, *shape) a parameter, by one batched forward and backward pass."""
+        engine = self.engine
+        _set_random_state(engine.device, before)
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+        def loss(own: dict[str, Tensor]) -> Tensor:
+            return engine.losses(FunctionalModel(engine.model, own), indices).sum() / denominator
+
+        # The points are independent: the gradient of the sum of their losses is every point's own.
+        with warnings.catch_warnings():
+            # vmap only warns where it takes an operation apart row by row, as it does with fused attention
+            warnings.filterwarnings("error", message="There is a performance drop", category=UserWarning)
+            total = vmap(loss, randomness="same")(leaves).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

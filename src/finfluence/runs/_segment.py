@@ -77,7 +77,9 @@ class SegmentWalker:
         if method == "exact":
             self._terms: BatchTerms = ExactTerms(engine, update.layout)
         else:
-            self._terms = DifferenceTerms(engine, update.layout, method=method, hooks=self.hooks)
+            self._terms = DifferenceTerms(
+                engine, update.layout, method=method, hooks=self.hooks, smoothing=options.smoothing
+            )
 
     def flat_parameters(self) -> Tensor:
         """(size,) the model's trainable parameters now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ from finfluence.influence import (
     SampleIndex,
     SampleTotals,
     ShuffledEpochs,
+    kriged,
     poisson_noise,
     shuffled_noise,
     spread,
@@ -29,9 +30,22 @@ from finfluence.signals import SignalStore, SignalTable, arrays, per_sample
 # Panels are taken at evenly spaced positions with a random offset.
 _POSITIONS = "regular"
 
+# What another path adds to the error of a replayed shift, in units of placement noise: as much again. A constant set by
+# hand: see "Coverage" in the benchmarks' section on calibration for what it covers, and where (AdamW) it is too small.
+PATH_NOISE = 1.0
+
+Shifts = Literal["kriged", "plain"]
+
 
 def influence_table(
-    store: SignalStore, query: str, *, table: SignalTable, estimator: TableEstimator, budget: Budget | None
+    store: SignalStore,
+    query: str,
+    *,
+    table: SignalTable,
+    estimator: TableEstimator,
+    budget: Budget | None,
+    shifts: Shifts = "kriged",
+    path_noise: float | None = None,
 ) -> InfluenceTable:
     """The influence table of one query of a run.
 
@@ -42,10 +56,16 @@ def influence_table(
         estimator: "gaussian" or "tracin".
         budget: what removal is compared under; None for the sampler's own: "epochs" for Poisson sampling, where nothing
             takes a removed sample's place, "steps" otherwise.
+        shifts: "kriged": batch signals of a shuffled run with a panel are completed by prediction, see
+            `finfluence.influence.kriged`; "plain": the sums as recorded.
+        path_noise: see `finfluence.influence.subset_estimates`; None for `PATH_NOISE` in a replay and 0 for live
+            signals, which are not calibrated anyway.
 
     Raises:
-        InputError: no signals, or too little recorded for a noise estimate.
+        InputError: no signals, too little recorded for a noise estimate, or an unknown choice.
     """
+    if shifts not in get_args(Shifts):
+        raise InputError(f"unknown shifts {shifts!r}; choose one of {', '.join(get_args(Shifts))}")
     index = SampleIndex(store.samples().select("sample").collect()["sample"])
     panel = read_panel(store, query, index) if table == "signals" else None
     sampler = str(store.manifest.get("sampler", "shuffled"))
@@ -58,6 +78,12 @@ def influence_table(
         if full and panel is not None and sampler == "shuffled"
         else batch_totals(store, query, table)
     )
+    replayed = _sensitivity(store, table) == "replay"
+    completed = None
+    if noise is not None and panel is not None and shifts == "kriged" and not full and sampler == "shuffled":
+        completed = _kriged(store, query, table=table, panel=panel, noise=noise)
+    if completed is not None:
+        totals, noise = completed
     return InfluenceTable(
         index,
         totals,
@@ -66,7 +92,13 @@ def influence_table(
         budget=budget or ("epochs" if sampler == "poisson" else "steps"),
         replacement="exact",
         reporting=Reporting(),
-        meta=(("query", query), ("run", store.directory), ("sensitivity", _sensitivity(store, table))),
+        path_noise=(PATH_NOISE if replayed else 0.0) if path_noise is None else path_noise,
+        meta=(
+            ("query", query),
+            ("run", store.directory),
+            ("sensitivity", _sensitivity(store, table)),
+            ("shifts", "plain" if completed is None else "kriged"),
+        ),
     )
 
 
@@ -97,6 +129,31 @@ def batch_totals(store: SignalStore, query: str, table: SignalTable) -> SampleTo
         centred=frame["centred_total"].to_numpy() * others,
         centre="others",
         batch=batch,
+    )
+
+
+def _kriged(
+    store: SignalStore, query: str, *, table: SignalTable, panel: Panel, noise: Noise
+) -> tuple[SampleTotals, Noise] | None:
+    """Totals and noise with what the batches did not show predicted; None where the run does not allow it."""
+    if store.status != "finished":
+        return None
+    n = store.samples().select(pl.len()).collect().item()
+    sampler = shuffled_epochs(store, n)
+    places = store.steps().select("step", "epoch", "position").sort("step").collect()
+    if places["epoch"].null_count() or places["position"].null_count():
+        return None
+    signals = arrays(store, query, table=table)
+    at = places["epoch"].to_numpy() * len(sampler.sizes()) + places["position"].to_numpy()
+    return kriged(
+        at[np.searchsorted(places["step"].to_numpy(), signals.steps)],
+        signals.codes,
+        value=signals.values,
+        panel=panel,
+        sampler=sampler,
+        noise=noise,
+        epochs=recorded_epochs(store),
+        positions=_POSITIONS,
     )
 
 

@@ -18,6 +18,10 @@ from finfluence.gradients import Direction, HookedDerivatives, per_sample_deriva
 from finfluence.runs.engine import Engine, seed_step
 
 _PANEL_STREAM = 0x9A4E1
+# Samples of the panel in one pass. A large model gets no more than the training's own micro-batches, which are known to
+# fit; a small one is faster with more.
+_CHUNK = 1024
+_SMALL_MODEL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def panel_signals(
     directions: Sequence[Direction],
     *,
     step: int,
-    chunk: int = 1024,
+    chunk: int | None = None,
     hooks: HookedDerivatives | None = None,
 ) -> np.ndarray:
     """The signals that samples would have had in a step's batch.
@@ -77,12 +81,16 @@ def panel_signals(
         indices: (m,) rows of the dataset.
         directions: sensitivities of the step, one a query.
         step: the step, which fixes the dropout masks.
-        chunk: samples in one pass; bounds the memory.
+        chunk: samples in one pass, which bounds the memory; None for 1024, and for models of more than a million
+            parameters the size of the training's micro-batches.
         hooks: hooks that are on the model already, which saves putting on new ones and a forward pass.
 
     Returns:
         (m, n_queries) float64, ⟨q, ∇ℓ_i⟩, without the weight 1/b.
     """
+    if chunk is None:
+        large = sum(p.numel() for p in engine.model.parameters()) > _SMALL_MODEL
+        chunk = -(-engine.plan.batch_size // engine.plan.accumulation) if large else _CHUNK
     seed_step(engine.plan.seed, step, device=engine.device)
     parts = [
         _derivatives(engine, rows, directions, hooks)

@@ -36,7 +36,7 @@ from finfluence.runs.replay_plan import ReplayOptions, ReplayPlan
 from finfluence.runs.run import Run, open_run
 from finfluence.runs.sampling import Batch
 from finfluence.runs.states import StateStore, restore_training_state
-from finfluence.runs.tasks import Task
+from finfluence.runs.tasks import Task, measurement
 from finfluence.sensitivity import AdjointMonitor, FlatUpdate, States
 from finfluence.signals import Folder, SignalStore, SignalWriter, open_folder
 
@@ -268,7 +268,7 @@ class _Replay:
 
     def _measure(self, batch: Any, model: nn.Module) -> Tensor:
         with self.engine.autocast():
-            return self.task.measure(model, batch)
+            return measurement(self.task, model, batch)
 
     def _sweep(
         self, walker: SegmentWalker, end: int, adjoint: Tensor, *, state: States | None, show: ShowProgress

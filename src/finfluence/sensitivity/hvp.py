@@ -15,6 +15,7 @@ from finfluence.sensitivity.layout import Layout
 Parameters = Mapping[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
 Gradient = Callable[[Parameters], Mapping[str, Tensor]]
+Gradients = Callable[[Parameters], Mapping[str, Tensor]]
 HessianMethod = Literal["auto", "exact", "one-sided", "central"]
 
 # `auto` takes the exact product up to this many parameters: below it a double backward costs about what a gradient
@@ -158,6 +159,11 @@ class DifferenceHessian(BatchHessian):
     One-sided: (∇L(theta + εq) − ∇L(theta)) / ε, one gradient a direction beside the one at theta; central:
     (∇L(theta + εq) − ∇L(theta − εq)) / 2ε, two gradients a direction, exact to second order. The gradient must be the
     same function each time it is called: with dropout, restore the random state inside it.
+
+    !!! Kinks
+        ReLU has no second derivative at its kink and zero elsewhere, so the exact product of a ReLU network leaves out
+        what a run feels: activations that switch on and off as the parameters move. A difference over a finite
+        displacement counts the switches on its way; `smoothing` sets that displacement.
     """
 
     def __init__(
@@ -168,9 +174,11 @@ class DifferenceHessian(BatchHessian):
         *,
         sides: Literal["one-sided", "central"] = "one-sided",
         precision: torch.dtype | None = None,
+        smoothing: float | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         super().__init__(theta, layout)
-        self._function = gradient
+        self._function, self._functions, self._smoothing = gradient, gradients, smoothing
         self._sides: Literal["one-sided", "central"] = sides
         self._precision = precision or theta.dtype
         self._norm = float(torch.linalg.vector_norm(self.theta))
@@ -191,16 +199,32 @@ class DifferenceHessian(BatchHessian):
         directions = directions.detach()
         if directions.ndim == 1:
             return self._difference(directions, _norm(directions))
-        return torch.stack([self._difference(direction, _norm(direction)) for direction in directions])
+        norms = [_norm(direction) for direction in directions]
+        if self._functions is None or len(directions) == 1 or not all(norms):
+            return torch.stack([self._difference(q, norm) for q, norm in zip(directions, norms, strict=True)])
+        epsilon = directions.new_tensor([self._step(norm) for norm in norms])[:, None]
+        ahead = self._evaluate_all(self.theta + epsilon * directions)
+        if self._sides == "one-sided":
+            return (ahead - self.gradient) / epsilon
+        return (ahead - self._evaluate_all(self.theta - epsilon * directions)) / (2.0 * epsilon)
 
-    def _difference(self, direction: Tensor, norm: float) -> Tensor:
-        if norm == 0.0:
-            return torch.zeros_like(direction)
+    def _evaluate_all(self, thetas: Tensor) -> Tensor:
+        assert self._functions is not None
+        return self.layout.flatten(self._functions(self.layout.unflatten(thetas))).detach()
+
+    def _step(self, norm: float) -> float:
         if not isfinite(norm):
             raise ReplayError(
                 f"the direction of a Hessian-vector product has norm {norm}; the adjoint has diverged, raise damping"
             )
-        epsilon = difference_step(self._norm, norm, precision=self._precision, sides=self._sides)
+        return difference_step(
+            self._norm, norm, precision=self._precision, sides=self._sides, smoothing=self._smoothing
+        )
+
+    def _difference(self, direction: Tensor, norm: float) -> Tensor:
+        if norm == 0.0:
+            return torch.zeros_like(direction)
+        epsilon = self._step(norm)
         ahead = self._evaluate(self.theta.add(direction, alpha=epsilon))
         if self._sides == "one-sided":
             return (ahead - self.gradient) / epsilon
@@ -209,7 +233,12 @@ class DifferenceHessian(BatchHessian):
 
 
 def difference_step(
-    theta_norm: float, direction_norm: float, *, precision: torch.dtype, sides: Literal["one-sided", "central"]
+    theta_norm: float,
+    direction_norm: float,
+    *,
+    precision: torch.dtype,
+    sides: Literal["one-sided", "central"],
+    smoothing: float | None = None,
 ) -> float:
     """The step ε = u^(1/2) · (1 + ‖theta‖)/‖q‖ of a one-sided difference, u^(1/3) · (1 + ‖theta‖)/‖q‖ of a central one.
 
@@ -222,10 +251,13 @@ def difference_step(
         direction_norm: ‖q‖ > 0.
         precision: The coarsest dtype in which the gradient is computed.
         sides: `"one-sided"` or `"central"`.
+        smoothing: In place of the power of u: the part of its own length that the point moves.
 
     Returns:
         ε > 0.
     """
+    if smoothing is not None:
+        return smoothing * (1.0 + theta_norm) / direction_norm
     unit = torch.finfo(precision).eps
     return (sqrt(unit) if sides == "one-sided" else cbrt(unit)) * (1.0 + theta_norm) / direction_norm
 
@@ -239,6 +271,8 @@ def batch_hessian(
     layout: Layout | None = None,
     precision: torch.dtype | None = None,
     model_size: int | None = None,
+    smoothing: float | None = None,
+    gradients: Gradients | None = None,
 ) -> BatchHessian:
     """The gradient and Hessian-vector products of a batch's loss at `parameters`.
 
@@ -254,6 +288,10 @@ def batch_hessian(
             by default. It sets the step of the differences.
         model_size: Number of all parameters, with the frozen ones (LoRA), for `"auto"`; the trainable ones' number by
             default.
+        smoothing: Displacement of differences relative to 1 + ‖theta‖, see `DifferenceHessian`; by default the step for
+            smooth losses of `difference_step`.
+        gradients: As `gradient` at several points at once, every tensor with a leading axis; for differences along
+            several directions.
 
     Returns:
         The `BatchHessian`.
@@ -277,7 +315,9 @@ def batch_hessian(
     if gradient is None:
         assert loss is not None
         gradient = gradient_of(loss)
-    return DifferenceHessian(theta, layout, gradient, sides=method, precision=precision)
+    return DifferenceHessian(
+        theta, layout, gradient, sides=method, precision=precision, smoothing=smoothing, gradients=gradients
+    )
 
 
 def gradient_of(loss: Loss) -> Gradient:
