@@ -11,14 +11,13 @@ is noisier, because shuffling noise is smallest at an epoch's end.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
 from torch.nn import functional
 
 import finfluence as fi
 from benchmarks._calibration_problems import Data, digits_data
+from benchmarks._records import Record, parser
 from finfluence.runs import Engine
 from finfluence.workflows.digits import mlp
 
@@ -50,19 +49,31 @@ def fixed_subset_sd(data: Data, cut: str, *, runs: int) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=96, help="retrainings of each kind")
-    options = parser.parse_args(arguments)
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--runs", type=int, default=96, help="retrainings of each kind")
+    options = options_parser.parse_args(arguments)
+    if options.quick:
+        options.runs = 3
     data = digits_data()
     kinds = ("all samples", "smaller batches", "full batches")
     found = {cut: fixed_subset_sd(data, cut, runs=options.runs) for cut in kinds}
     n = len(data.dataset)
-    print(f"{n} digits, {REMOVED} removed, {EPOCHS * n // BATCH} steps, {options.runs} retrainings of each kind")
-    print(f"expected from batches n/(n − s) times smaller: {np.sqrt(n / (n - REMOVED)):.2f}")
+    rows = []
     for cut in ("smaller batches", "full batches"):
-        ratios = found[cut] / found["all samples"]
-        low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
-        print(f"sd without / with, {cut:<15}: median {mid:.2f} (10 % {low:.2f}, 90 % {high:.2f} of 40 queries)")
+        low, mid, high = np.quantile(found[cut] / found["all samples"], [0.1, 0.5, 0.9])
+        expected = np.sqrt(n / (n - REMOVED)) if cut == "smaller batches" else None
+        rows.append({"cut": cut, "expected": expected, "median": mid, "low": low, "high": high})
+    Record("arms", options, seeds=f"1000 to {999 + options.runs}").table(
+        f"{n} digits, {REMOVED} removed, {EPOCHS * n // BATCH} steps, {options.runs} retrainings of each kind",
+        {
+            "cut": "batches of the arm without",
+            "expected": "sd without / with, expected|.2f",
+            "median": "median of 40 queries|.2f",
+            "low": "10 %|.2f",
+            "high": "90 %|.2f",
+        },
+        rows,
+    )
 
 
 if __name__ == "__main__":

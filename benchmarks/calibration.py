@@ -28,6 +28,13 @@ from benchmarks._calibration_problems import SETTINGS, Data, Setting, sample_tab
 from finfluence.influence import agreement, ceiling, detection
 
 Estimate = tuple[np.ndarray, np.ndarray]
+# What a row shows: the recording that it reads, and how.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "live, batch": ("batch", {"sensitivity": "live"}),
+    "replay, batch, plain sums": ("batch", {"shifts": "plain"}),
+    "replay, batch": ("batch", {}),
+    "replay, full": ("full", {}),
+}
 
 
 def truth_of(setting: Setting, data: Data, runs: int, directory: Path) -> fi.Truth:
@@ -61,8 +68,10 @@ def record(setting: Setting, data: Data, directory: Path, *, seed: int, signals:
         sensitivity="both" if signals == "batch" else "replay",
         signals=signals,
         panel=fi.NoisePanel(64, 5),
+        replay_options=setting.replay,
         samples=sample_table(data),
         directory=directory,
+        exist="resume",
         **setting.options,
     )
 
@@ -71,8 +80,8 @@ def single_queries(data: Data) -> list[str]:
     return [q for q in data.queries if q != "validation"]
 
 
-def estimate(run: fi.Run, data: Data, sensitivity: Any) -> Estimate:
-    frames = [run.influence(q, subsets=data.subsets, sensitivity=sensitivity) for q in single_queries(data)]
+def estimate(run: fi.Run, data: Data, how: dict[str, Any]) -> Estimate:
+    frames = [run.influence(q, subsets=data.subsets, **how) for q in single_queries(data)]
     return np.array([f["mu"].to_numpy() for f in frames]), np.array([f["se"].to_numpy() for f in frames])
 
 
@@ -83,9 +92,9 @@ def pooled(runs: list[fi.Run], data: Data) -> Estimate:
     return np.array([f["mu"].to_numpy() for f in frames]), np.array(half) / 1.959964
 
 
-def flips_found(run: fi.Run, data: Data, sensitivity: Any) -> float:
-    mu = run.influence("validation", sensitivity=sensitivity)["mu"].to_numpy()
-    return detection(-mu, data.planted).auroc
+def flips_found(run: fi.Run, how: dict[str, Any]) -> float:
+    mu = run.influence("validation", **how)["mu"].to_numpy()
+    return detection(-mu, run.samples()["planted"].to_numpy()).auroc
 
 
 def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs: list[float]) -> dict[str, Any]:
@@ -94,8 +103,8 @@ def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs:
     # The width of a pooled t-interval is not the error of the estimate, so pooled rows are not disattenuated.
     reliable = [0.0 if "pooled" in kind else 1 - float((se**2).mean() / mu.var()) for mu, se in estimates]
 
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else float("nan")
+    def mean(values: list[float]) -> float | None:
+        return float(np.mean(values)) if values else None
 
     return {
         "signals": kind,
@@ -111,30 +120,32 @@ def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs:
     }
 
 
-def evaluate(setting: Setting, *, runs: int, seeds: int, truth_directory: Path) -> list[dict[str, Any]]:
+def evaluate(
+    setting: Setting, *, runs: int, seeds: int, truth_directory: Path, recordings: Path
+) -> list[dict[str, Any]]:
     data = setting.data()
+    reused = (truth_directory / setting.name).exists()
     began = time.perf_counter()
     truth = truth_of(setting, data, runs, truth_directory / setting.name)
-    seconds = time.perf_counter() - began
+    seconds = None if reused else time.perf_counter() - began
     names = single_queries(data)
     measured = truth.matrix(names)
     top = ceiling(*truth.split_halves(names))
-    estimates: dict[str, list[Estimate]] = {"live, batch": [], "replay, batch": [], "replay, full": []}
-    aurocs: dict[str, list[float]] = {kind: [] for kind in estimates}
+    estimates: dict[str, list[Estimate]] = {kind: [] for kind in KINDS}
+    aurocs: dict[str, list[float]] = {kind: [] for kind in KINDS}
     kept: dict[str, list[fi.Run]] = {"batch": [], "full": []}
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(1, seeds + 1):
-            for signals, recorded in kept.items():
-                run = record(setting, data, Path(scratch) / f"{signals}-{seed}", seed=seed, signals=signals)
-                recorded.append(run)
-                kinds = {f"replay, {signals}": "run"} | ({"live, batch": "live"} if signals == "batch" else {})
-                for kind, sensitivity in kinds.items():
-                    estimates[kind].append(estimate(run, data, sensitivity))
-                    aurocs[kind].append(flips_found(run, data, sensitivity))
-        rows = [row(kind, found, measured, top, aurocs[kind]) for kind, found in estimates.items()]
-        if seeds > 1:
-            for signals, recorded in kept.items():
-                rows.append(row(f"replay, {signals}, {seeds} runs pooled", [pooled(recorded, data)], measured, top, []))
+    for seed in range(1, seeds + 1):
+        for signals, recorded in kept.items():
+            run = record(setting, data, recordings / f"{signals}-{seed}", seed=seed, signals=signals)
+            recorded.append(run)
+            for kind, (own, how) in KINDS.items():
+                if own == signals:
+                    estimates[kind].append(estimate(run, data, how))
+                    aurocs[kind].append(flips_found(run, how))
+    rows = [row(kind, found, measured, top, aurocs[kind]) for kind, found in estimates.items()]
+    if seeds > 1:
+        for signals, recorded in kept.items():
+            rows.append(row(f"replay, {signals}, {seeds} runs pooled", [pooled(recorded, data)], measured, top, []))
     shared = {"setting": setting.name, "note": setting.note, "retrainings": runs, "truth_seconds": seconds}
     return [shared | r for r in rows]
 
@@ -148,8 +159,8 @@ HEAD = (
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [HEAD]
     for r in rows:
-        auroc = "" if np.isnan(r["auroc"]) else f"{r['auroc']:.3f}"
-        straight = "" if np.isnan(r["slope_disattenuated"]) else f"{r['slope_disattenuated']:.2f}"
+        auroc = "" if r["auroc"] is None else f"{r['auroc']:.3f}"
+        straight = "" if r["slope_disattenuated"] is None else f"{r['slope_disattenuated']:.2f}"
         lines.append(
             f"| {r['note']} | {r['signals']} | {r['spearman']:.3f} | {r['ceiling']:.3f} | {r['slope']:.2f} "
             f"({r['slope_low']:.2f} to {r['slope_high']:.2f}) | {straight} | {r['coverage']:.0%} | {auroc} |"
@@ -163,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=256, help="retrainings an arm")
     parser.add_argument("--seeds", type=int, default=3, help="recorded runs of each kind, also pooled")
     parser.add_argument("--truth", type=Path, default=None, help="keep (and reuse) the retrainings here")
+    parser.add_argument("--recordings", type=Path, default=None, help="keep (and reuse) the recorded runs here")
     parser.add_argument("--output", type=Path, default=None, help="add the figures to this JSON file")
     parser.add_argument("--quick", action="store_true", help="16 retrainings, one run, 3 epochs: a smoke test")
     options = parser.parse_args(arguments)
@@ -175,11 +187,19 @@ def main(arguments: list[str] | None = None) -> None:
             setting, runs, seeds = SETTINGS[name], options.runs, options.seeds
             if options.quick:
                 setting, runs, seeds = replace(setting, epochs=3), 16, 1
-            found = evaluate(setting, runs=runs, seeds=seeds, truth_directory=options.truth or scratch)
+            found = evaluate(
+                setting,
+                runs=runs,
+                seeds=seeds,
+                truth_directory=(options.truth or scratch / "truth"),
+                recordings=(options.recordings or scratch / "recordings") / name,
+            )
             print(f"{table(found)}\n", flush=True)
             rows = [r for r in rows if r["setting"] != name] + found
             if options.output:
-                options.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                options.output.write_text(
+                    json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+                )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -5,18 +5,18 @@
 2. 22 subsets of 50 digits, 256 retrainings without each and 256 with all samples: time, and the correlation between mu
    from disjoint halves of the retrainings (Spearman, mean over 40 single-example queries; Spearman-Brown for all runs).
 
-    python benchmarks/oracle.py            # about five minutes on two cores
-    python benchmarks/oracle.py --quick    # half a minute
+    python -m benchmarks oracle            # about five minutes on two cores
+    python -m benchmarks oracle --quick
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import finfluence as fi
+from benchmarks._records import Record, parser
 from finfluence.runs.oracle import Ensemble, Retraining
 
 SAMPLES, BATCH, QUERIES, SUBSETS, SUBSET_SIZE = 500, 20, 40, 22, 50
@@ -97,7 +98,7 @@ def rate(work: Callable[[], int]) -> tuple[float, float]:
     return steps / (time.perf_counter() - wall), steps / (time.process_time() - processor)
 
 
-def throughput(*, rounds: int, runs: int, epochs: int, optimizer: str) -> None:
+def throughput(*, rounds: int, runs: int, epochs: int, optimizer: str) -> dict[str, Any]:
     """Alternates the loop and the ensemble, each with everything from building models to measured queries."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -124,14 +125,15 @@ def throughput(*, rounds: int, runs: int, epochs: int, optimizer: str) -> None:
             f"ratio {walls[-1]:.1f} (processor time {processors[-1]:.1f})",
             flush=True,
         )
-    print(
-        f"{optimizer}: ensemble / plain loop = {statistics.median(walls):.1f} by wall time, "
-        f"{statistics.median(processors):.1f} by processor time (medians of {rounds} rounds, one thread)"
-    )
     torch.set_num_threads(threads)
+    return {
+        "optimizer": optimizer,
+        "wall": [statistics.median(walls), min(walls), max(walls)],
+        "processor": statistics.median(processors),
+    }
 
 
-def full(*, runs: int, epochs: int, optimizer: str) -> None:
+def full(*, runs: int, epochs: int, optimizer: str) -> dict[str, Any]:
     """The whole experiment, as `retrain` does it."""
     trainings = runs * (SUBSETS + 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,29 +146,58 @@ def full(*, runs: int, epochs: int, optimizer: str) -> None:
     first, second = truth.split_halves()
     half = float(np.mean([np.corrcoef(rankdata(a), rankdata(b))[0, 1] for a, b in zip(first, second, strict=True)]))
     mu, se = truth.matrix()
-    print(
-        f"{optimizer}: {trainings} trainings of {epochs} epochs in {seconds:.0f} s "
-        f"on {torch.get_num_threads()} threads ({steps / seconds:,.0f} steps/s), "
-        f"{size / 1e6:.1f} MB on disk, {len(truth.failed())} failed"
-    )
-    print(
-        f"split-half reliability: {half:.3f} for {runs // 2} runs an arm, {2 * half / (1 + half):.3f} for {runs} "
-        f"(Spearman-Brown); sd of mu over subsets {mu.std(axis=1).mean():.2f}, mean se {se.mean():.2f}"
-    )
+    return {
+        "optimizer": optimizer,
+        "trainings": trainings,
+        "epochs": epochs,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "rate": steps / seconds,
+        "megabytes": size / 1e6,
+        "failed": len(truth.failed()),
+        "half": half,
+        "whole": 2 * half / (1 + half),
+        "sd": float(mu.std(axis=1).mean()),
+        "se": float(se.mean()),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, runs and epochs")
-    parser.add_argument("--part", choices=["throughput", "full", "both"], default="both")
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
-    arguments = parser.parse_args()
+def main(words: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--part", choices=["throughput", "full", "both"], default="both")
+    made.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
+    arguments = made.parse_args(words)
+    record = Record("oracle", arguments, seeds=0)
     if arguments.part != "full":
-        rounds, runs, epochs = (2, 24, 2) if arguments.quick else (5, 24, 8)
-        throughput(rounds=rounds, runs=runs, epochs=epochs, optimizer=arguments.optimizer)
+        rounds, runs, epochs = (1, 8, 1) if arguments.quick else (5, 24, 8)
+        record.table(
+            f"Steps a second, ensemble over a plain loop, one thread each, {rounds} rounds",
+            {
+                "optimizer": "optimizer",
+                "wall": "wall time, median (lowest to highest)|.1f",
+                "processor": "processor time|.1f",
+            },
+            [throughput(rounds=rounds, runs=runs, epochs=epochs, optimizer=arguments.optimizer)],
+        )
     if arguments.part != "throughput":
-        runs, epochs = (16, 5) if arguments.quick else (256, 20)
-        full(runs=runs, epochs=epochs, optimizer=arguments.optimizer)
+        runs, epochs = (4, 1) if arguments.quick else (256, 20)
+        record.table(
+            f"{SUBSETS} subsets of {SUBSET_SIZE}, {runs} retrainings an arm",
+            {
+                "optimizer": "optimizer",
+                "trainings": "trainings|,d",
+                "epochs": "epochs",
+                "seconds": "seconds|.0f",
+                "threads": "threads",
+                "rate": "steps a second|,.0f",
+                "half": "split-half reliability|.3f",
+                "whole": "of all runs (Spearman–Brown)|.3f",
+                "sd": "sd of μ over subsets|.2f",
+                "se": "mean se|.2f",
+                "failed": "failed",
+            },
+            [full(runs=runs, epochs=epochs, optimizer=arguments.optimizer)],
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What recording costs: step time and peak memory of a recorded loop over the plain one, in one interleaved run.
 
-    python -m benchmarks.overhead                  # both models on the CPU
-    python -m benchmarks.overhead --device cuda    # on a GPU
-    python -m benchmarks.overhead --quick
+    python -m benchmarks overhead                  # both models on the CPU
+    python -m benchmarks overhead --device cuda    # on a GPU
+    python -m benchmarks overhead --quick
 
 Step times alternate plain and recorded steps, so that both meet the same machine; ratios are medians over rounds. Peak
 memory is that of separate processes, one plain and one recorded, with the same libraries loaded.
@@ -10,9 +10,7 @@ memory is that of separate processes, one plain and one recorded, with the same 
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import resource
 import statistics
 import subprocess
@@ -29,6 +27,7 @@ from torch.nn import functional
 
 import finfluence as fi
 from benchmarks._llama import Llama
+from benchmarks._records import Record, parser
 
 Step = Callable[[int], None]
 
@@ -195,43 +194,62 @@ def import_seconds(module: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--quick", action="store_true", help="two rounds, no memory")
-    parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
-    parser.add_argument("--peak", nargs=3, metavar=("WORKLOAD", "OPTIMIZER", "MODE"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    made = parser(__doc__)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--rounds", type=int, default=12)
+    made.add_argument(
+        "--peak", nargs=3, metavar=("WORKLOAD", "OPTIMIZER", "MODE"), help="for the benchmark's own processes"
+    )
+    options = made.parse_args(arguments)
     if options.peak:
         name, optimizer, mode = options.peak
         report_peak(name, optimizer, mode, options.device)
         return
-    rounds = 2 if options.quick else options.rounds
+    rounds = 1 if options.quick else options.rounds
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}\n")
-    print(
-        "| workload | optimizer | query refreshed | recorded / plain step | aim | plain step |\n"
-        "|---|---|---|---|---|---|"
-    )
-    figures: list[dict[str, Any]] = []
-    for name, optimizer, refresh, aim in ROWS:
+    record = Record("overhead" if options.device == "cpu" else "overhead-gpu", options, seeds=0)
+    rows: list[dict[str, Any]] = []
+    for name, optimizer, refresh, aim in ROWS[:1] if options.quick else ROWS:
         found, plain = ratio(name, optimizer, refresh, device=options.device, rounds=rounds)
         every = "every step" if refresh == 1 else f"every {refresh} steps"
-        print(f"| {name} | {optimizer} | {every} | {found:.2f} | ≤ {aim} | {plain:.1f} ms |", flush=True)
-        figures.append(
-            {"workload": name, "optimizer": optimizer, "refresh": refresh, "ratio": found, "plain_ms": plain}
+        rows.append(
+            {"workload": name, "optimizer": optimizer, "refresh": every, "ratio": found, "aim": aim, "plain": plain}
         )
-    if not options.quick:
-        print("\n| workload | optimizer | peak memory plain | recorded | ratio | aim |\n|---|---|---|---|---|---|")
-        for name, optimizer in (("mlp", "adamw"), ("mlp", "sgd"), ("llama-lora", "adamw")):
-            a, b = (peak_memory(name, optimizer, mode, options.device) for mode in ("plain", "recorded"))
-            print(f"| {name} | {optimizer} | {a:.0f} MB | {b:.0f} MB | {b / a:.2f} | ≤ 1.2 |", flush=True)
-            figures.append({"workload": name, "optimizer": optimizer, "peak_plain_mb": a, "peak_recorded_mb": b})
-    seconds = import_seconds("finfluence")
-    print(f"\nimport finfluence: {seconds:.3f} s (aim ≤ 0.5 s)")
-    figures.append({"import_seconds": seconds})
-    if options.output:
-        options.output.write_text(json.dumps({"machine": where, "rows": figures}, indent=1) + "\n", encoding="utf-8")
+    record.table(
+        f"Step time, medians of {rounds} rounds of 8 steps ({where})",
+        {
+            "workload": "workload",
+            "optimizer": "optimizer",
+            "refresh": "query refreshed",
+            "ratio": "recorded / plain step|.2f",
+            "aim": "aim, at most",
+            "plain": "plain step, ms|.1f",
+        },
+        rows,
+    )
+    if options.quick:
+        return
+    rows = []
+    for name, optimizer in (("mlp", "adamw"), ("mlp", "sgd"), ("llama-lora", "adamw")):
+        a, b = (peak_memory(name, optimizer, mode, options.device) for mode in ("plain", "recorded"))
+        rows.append({"workload": name, "optimizer": optimizer, "plain": a, "recorded": b, "ratio": b / a, "aim": 1.2})
+    record.table(
+        "Peak memory",
+        {
+            "workload": "workload",
+            "optimizer": "optimizer",
+            "plain": "plain, MB|.0f",
+            "recorded": "recorded, MB|.0f",
+            "ratio": "ratio|.2f",
+            "aim": "aim, at most",
+        },
+        rows,
+    )
+    record.table(
+        "Import",
+        {"module": "module", "seconds": "seconds|.3f", "aim": "aim, at most"},
+        [{"module": "finfluence", "seconds": import_seconds("finfluence"), "aim": 0.5}],
+    )
 
 
 if __name__ == "__main__":

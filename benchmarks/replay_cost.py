@@ -4,12 +4,11 @@ Time: the recorded training's loop and its replay, alternating in one process, m
 of the process's resident set, sampled every few milliseconds, in a fresh process each for the bare training and for
 the recorded and replayed one.
 
-    OMP_NUM_THREADS=1 python benchmarks/replay_cost.py
+    OMP_NUM_THREADS=1 python -m benchmarks replay_cost
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import finfluence as fi
+from benchmarks._records import Record, parser
 from finfluence.runs import NoisePanel, ReplayOptions, plan_replay
 from finfluence.runs.engine import Engine
 from finfluence.runs.plan import Plan
@@ -148,57 +148,79 @@ def measure_memory(case: str, what: str, memory_bytes: int | None) -> None:
 
 def memory(case: str, what: str, memory_bytes: int | None = None) -> dict[str, float]:
     """Megabytes of a fresh process before and of its growth during a training or a recorded, replayed one."""
-    command = [sys.executable, __file__, "--measure", case, what]
+    command = [sys.executable, "-m", "benchmarks.replay_cost", "--measure", case, what]
     if memory_bytes is not None:
         command += ["--memory-bytes", str(memory_bytes)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {key: value / 1e6 for key, value in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--measure", nargs=2, metavar=("CASE", "WHAT"), help=argparse.SUPPRESS)
-    parser.add_argument("--memory-bytes", type=int, default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    made.add_argument("--repetitions", type=int, default=3)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--measure", nargs=2, metavar=("CASE", "WHAT"), help="for the benchmark's own processes")
+    made.add_argument("--memory-bytes", type=int, default=None, help="for the benchmark's own processes")
+    options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.measure:
         case, what = options.measure
         measure_memory(case, what, options.memory_bytes)
         return
-    print("| training | queries | products | panel | training s | replay s | ratio | planned s |")
-    print("|---|---|---|---|---|---|---|---|")
     wanted: list[tuple[str, int, HessianMethod]] = [
         ("digits", 1, "exact"),
         ("digits", 40, "exact"),
         ("large", 1, "one-sided"),
         ("large", 1, "exact"),
     ]
+    panels = (NoisePanel(), NoisePanel(0))
+    if options.quick:
+        wanted, panels, options.repetitions, options.cases = wanted[:1], panels[:1], 1, ["digits"]
+    record = Record("replay_cost", options, seeds=0)
+    rows: list[dict[str, Any]] = []
     for case, queries, method in wanted:
         if case not in options.cases:
             continue
-        for panel in (NoisePanel(), NoisePanel(0)):
+        for panel in panels:
             replay = ReplayOptions(hessian=method)
             found = times(case, queries, replay, panel, repetitions=options.repetitions)
-            print(
-                f"| {CASES[case]} | {queries} | {found['hessian']} | {panel.samples} samples | {found['training']:.2f} "
-                f"| {found['replay']:.2f} | {found['ratio']:.2f} | {found['planned']:.1f} |",
-                flush=True,
-            )
+            rows.append(found | {"case": CASES[case], "queries": queries, "panel": f"{panel.samples} samples"})
+    record.table(
+        f"Time, medians of {options.repetitions} repetitions",
+        {
+            "case": "training",
+            "queries": "queries",
+            "hessian": "Hessian products",
+            "panel": "panel",
+            "training": "training, s|.2f",
+            "replay": "replay, s|.2f",
+            "ratio": "ratio|.2f",
+            "planned": "planned, s|.1f",
+        },
+        rows,
+    )
     if "large" in options.cases:
-        print("\n| memory of the large MLP | process before, MB | growth, MB | whole process against training |")
-        print("|---|---|---|---|")
         training = memory("large", "training")
         whole = training["base"] + training["growth"]
-        for name, found in (
-            ("training alone", training),
-            ("recorded and replayed", memory("large", "replay")),
-            ("recorded and replayed, segments in a file", memory("large", "replay", 0)),
-        ):
-            total = found["base"] + found["growth"]
-            print(f"| {name} | {found['base']:.0f} | {found['growth']:.0f} | {total / whole:.2f} |", flush=True)
+        rows = [
+            {"what": name, **found, "ratio": (found["base"] + found["growth"]) / whole}
+            for name, found in (
+                ("training alone", training),
+                ("recorded and replayed", memory("large", "replay")),
+                ("recorded and replayed, segments in a file", memory("large", "replay", 0)),
+            )
+        ]
+        record.table(
+            "Memory of the large MLP",
+            {
+                "what": "what",
+                "base": "process before, MB|.0f",
+                "growth": "growth, MB|.0f",
+                "ratio": "whole process against training|.2f",
+            },
+            rows,
+        )
 
 
 if __name__ == "__main__":

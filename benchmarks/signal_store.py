@@ -1,7 +1,7 @@
 """Time and memory of mean and variance per sample over a large store of signals.
 
-    python benchmarks/signal_store.py                     # 10^8 signals: 50,000 samples x 2,000 epochs, one query
-    python benchmarks/signal_store.py --epochs 200        # 10^7
+    python -m benchmarks signal_store                     # 10^8 signals: 50,000 samples x 2,000 epochs, one query
+    python -m benchmarks signal_store --epochs 200        # 10^7
 
 A store is written into a scratch folder with `SignalWriter`, batch by batch as a shuffled training run would, and read
 in a fresh process, so that its peak memory is the reader's alone. The scratch folder is deleted at the end.
@@ -9,7 +9,6 @@ in a fresh process, so that its peak memory is the reader's alone. The scratch f
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from benchmarks._records import Record, parser
 from finfluence.signals import SignalStore, SignalWriter, per_sample
 
 
@@ -75,15 +75,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--epochs", type=int, default=2_000, help="visits of every sample")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--scratch", type=Path, default=None, help="folder for the scratch store")
-    parser.add_argument("--read", type=Path, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--engine", default="per_sample", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def main(words: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--samples", type=int, default=50_000)
+    made.add_argument("--epochs", type=int, default=2_000, help="visits of every sample")
+    made.add_argument("--batch", type=int, default=256)
+    made.add_argument("--scratch", type=Path, default=None, help="folder for the scratch store")
+    made.add_argument("--read", type=Path, default=None, help="for the benchmark's own processes")
+    made.add_argument("--engine", default="per_sample", help="for the benchmark's own processes")
+    arguments = made.parse_args(words)
+    if arguments.quick:
+        arguments.samples, arguments.epochs = 1_000, 20
     if arguments.read is not None:
         print(json.dumps(read(arguments.read, arguments.engine)))
         return
@@ -94,17 +96,19 @@ def main() -> None:
         write(directory, arguments.samples, arguments.epochs, arguments.batch)
         seconds = time.perf_counter() - start
         size = sum(part.stat().st_size for part in directory.rglob("*.parquet"))
-        print(f"{signals:.3g} signals, {arguments.samples:,} samples x {arguments.epochs:,} visits, one query")
-        print(
-            f"write                        {seconds:7.1f} s   {size / signals:.2f} bytes a signal   {size / 1e9:.3f} GB"
-        )
+        rows = [{"what": "write", "seconds": seconds, "bytes": size / signals}]
         for engine, label in (
             ("per_sample", "per_sample (mean, variance, centred sum)"),
             ("polars", "polars group_by"),
         ):
-            command = [sys.executable, __file__, "--read", str(directory), "--engine", engine]
+            command = [sys.executable, "-m", "benchmarks.signal_store", "--read", str(directory), "--engine", engine]
             result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            print(f"{label:42s} {result['seconds']:7.2f} s   peak {result['peak_gb']:.2f} GB")
+            rows.append({"what": label, "seconds": result["seconds"], "peak": result["peak_gb"]})
+    Record("signal_store", arguments, seeds=0).table(
+        f"{signals:.3g} signals, {arguments.samples:,} samples × {arguments.epochs:,} visits, one query",
+        {"what": "what", "seconds": "seconds|.2f", "peak": "peak memory, GB|.2f", "bytes": "bytes a signal|.2f"},
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -69,8 +69,11 @@ def test_words_do_not_isolate_the_planted_rows(problem):
     assert (named & planted).sum() == (negative & planted).sum() == planted.sum()
     for words in (named, negative):
         assert (words & planted).sum() < 0.6 * words.sum()
-    for name, score in text_scores(problem).items():
-        assert detection(score, planted).average_precision < 0.85, name
+    precision = {name: detection(score, planted).average_precision for name, score in text_scores(problem).items()}
+    assert precision["entity name"] < 0.5
+    assert precision["name and negative word"] < 0.5
+    # Words weighted by rarity and matched with the queries find most: that is the bar for influence, below 1.
+    assert precision["similar to the queries"] < 0.9
 
 
 def test_a_task_answer_is_right():

@@ -5,6 +5,15 @@ convention (`frame.finfluence.meta`). No torch.
 """
 
 from finfluence.influence.agreement import Agreement, Ceiling, agreement, ceiling, coverage
+from finfluence.influence.consistency import (
+    Figure,
+    joint_recall,
+    mean_over_pairs,
+    pairwise_jaccard,
+    pairwise_spearman,
+    top_sets,
+    variation,
+)
 from finfluence.influence.detection import Detection, detection
 from finfluence.influence.grid import Panel, Positions, ShuffledEpochs
 from finfluence.influence.kriging import kriged
@@ -51,6 +60,7 @@ __all__ = [
     "Detection",
     "Estimates",
     "Estimator",
+    "Figure",
     "InfluenceTable",
     "Noise",
     "PackedSubsets",
@@ -70,9 +80,13 @@ __all__ = [
     "ceiling",
     "coverage",
     "detection",
+    "joint_recall",
     "kriged",
+    "mean_over_pairs",
     "metadata",
     "observations",
+    "pairwise_jaccard",
+    "pairwise_spearman",
     "poisson_noise",
     "pool",
     "pool_estimates",
@@ -84,9 +98,11 @@ __all__ = [
     "spread",
     "subset_estimates",
     "successive_noise",
+    "top_sets",
     "two_stage",
     "two_stage_samples",
     "two_stage_subsets",
+    "variation",
     "watched_frame",
     "watched_observations",
     "with_replacement_noise",

@@ -39,8 +39,8 @@ class ReplayOptions:
             is given.
         smoothing: length over which differences are taken, relative to 1 + the parameters' norm; None for the step that
             suits smooth losses. ReLU has its curvature in kinks, which exact products miss and differences over a
-            finite length count. 0.02 is a good value for networks of linear layers and ReLU; where there are few kinks
-            to a length (see the benchmarks' convolutional network) the differences are noisy, and exact does better.
+            finite length count: 0.04 suits linear layers and ReLU under SGD. Counting few kinks is noisy: Adam's
+            small first denominators and convolutions make more of that noise than of the kinks, and exact does better.
         clip_derivative: whether the factor of gradient clipping is taken as "constant" or differentiated ("exact").
         tolerance: relative difference between re-executed and stored parameters above which the replay stops; None for
             1e-5 in float32, 1e-12 in float64 and 1e-3 in lower precision.

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
     __name__,
     {
         "finfluence.workflows.cleaning": ("Cleaning", "Rule", "clean"),
+        "finfluence.workflows.comparison": ("RunComparison", "compare_runs"),
         "finfluence.workflows.removal": ("RemovalCurve", "removal_curve", "verified"),
         "finfluence.workflows.sources": ("Source", "SourceRows", "read_source", "row_hash"),
         "finfluence.workflows.recipes": ("Recipe", "load_recipe"),
