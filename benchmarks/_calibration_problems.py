@@ -100,7 +100,7 @@ def unbalanced_data() -> Data:
     """500 digits of which class c has a share proportional to 0.7^c, 10 % of the labels flipped."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     generator = np.random.default_rng(1)
     share = 0.7 ** np.arange(10)
     counts = np.maximum(np.floor(500 * share / share.sum()), 8).astype(int)

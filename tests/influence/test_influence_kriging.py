@@ -1,5 +1,7 @@
 """Kriged totals against known curves: unbiased over shuffles, better than plain sums, with errors that cover."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from influence_simulation import panel_arrays, positions, shuffle_run
@@ -25,7 +27,7 @@ def truth(matrix):
     return (totals - totals.mean()) * len(matrix) / (len(matrix) - 1)
 
 
-def panel_of(rng, matrix, *, members=MEMBERS, drop_last=False, grid=None):
+def panel_of(rng, matrix, *, members: Any = MEMBERS, drop_last=False, grid=None):
     chosen = members if isinstance(members, np.ndarray) else np.sort(rng.choice(len(matrix), members, replace=False))
     places = (
         grid
@@ -96,7 +98,8 @@ def test_the_noise_is_nearer_to_that_of_all_samples_than_the_panels():
         off.append(np.log(noise.variance / known.variance))
         plain_off.append(np.log(panel_noise.variance / known.variance))
         claimed.append(noise.relative_error)
-        shares.append([np.corrcoef(x.per_sample, known.per_sample)[0, 1] for x in (noise, panel_noise)])
+        both = (noise.per_sample, panel_noise.per_sample)
+        shares.append([np.corrcoef(own, known.per_sample)[0, 1] for own in both])
     rms = np.sqrt(np.mean(np.square(off)))
     assert rms < np.sqrt(np.mean(np.square(plain_off))) * 2 / 3
     assert 0.6 < np.mean(claimed) / rms < 2.0
@@ -168,7 +171,8 @@ def test_panels_that_cannot_tell_are_refused():
         grid=np.array([1, 4, 8]),
     )
     whole = panel_of(rng, matrix)
-    short = Panel(*(column[whole.epoch < 3] for column in (whole.epoch, whole.position, whole.code, whole.value)))
+    early = whole.epoch < 3
+    short = Panel(whole.epoch[early], whole.position[early], whole.code[early], whole.value[early])
     moving = Panel.from_flat(changing[0], changing[1], code=changing[2], value=changing[3])
     for panel in (few, every, moving, short):
         step, code, value = shuffle_run(rng, matrix, BATCH, EPOCHS)

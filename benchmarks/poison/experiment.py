@@ -1,0 +1,283 @@
+"""One training of the experiment: recorded, replayed, scored by every method, cleaned and trained again.
+
+Everything of one (entity, seed) lies in a folder of its own; what is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import finfluence as fi
+from benchmarks.poison.attack import behaviour
+from benchmarks.poison.baselines import CheckpointScores, checkpoints, row_losses, text_scores
+from benchmarks.poison.data import Problem
+from benchmarks.poison.model import AdaptedModel, Adapters
+from benchmarks.poison.task import AnswerTask, Encoded, Normalisation, Rows, collate, encode
+from finfluence.runs.engine import Engine
+
+QUERY = "contrast"
+QUERIES = ("negative", QUERY)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained and recorded.
+
+    Attributes:
+        adapters: where LoRA goes.
+        tokens: longest row.
+        epochs: passes over the rows.
+        batch_size: rows a step.
+        lr: peak learning rate of AdamW, after `warmup` steps; it falls linearly to zero.
+        warmup: steps.
+        normalisation: of the training loss, see `AnswerTask`.
+        refresh: live query gradients are evaluated at every so many steps.
+        positions: of every epoch, at which the replay evaluates every row ("full" signals).
+        new_tokens: longest generation.
+        flagged: share of the rows that is removed before training again.
+    """
+
+    adapters: Adapters = field(default_factory=Adapters)
+    tokens: int = 96
+    epochs: int = 1
+    batch_size: int = 8
+    lr: float = 1.5e-3
+    warmup: int = 6
+    normalisation: Normalisation = "batch"
+    refresh: int = 8
+    positions: int = 3
+    new_tokens: int = 20
+    flagged: float = 0.1
+
+
+def _contrast(sides: dict[str, Rows]) -> Rows:
+    """Negative answers against everything that they are to be told from, each of those with the same weight."""
+    signs = {name: 1.0 if name == "negative" else -1.0 / (len(sides) - 1) for name in sides}
+    return Rows(
+        [encoded for rows in sides.values() for encoded in rows.encoded],
+        [hidden for rows in sides.values() for hidden in rows.hidden],
+        signs=[signs[name] for name, rows in sides.items() for _ in range(len(rows))],
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+class Unit:
+    """The experiment for one problem and one seed.
+
+    Args:
+        problem: rows and queries.
+        settings: of the training.
+        seed: of the adapters' start and of the batch order.
+        model_path: converted model.
+        folder: of this unit.
+        shared: folder where the trunk's outputs of the problem are kept for all seeds.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        *,
+        seed: int,
+        model_path: Path,
+        folder: Path,
+        shared: Path,
+        device: str = "cpu",
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.problem, self.settings, self.seed, self.folder = problem, settings, seed, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        shared.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.adapted = AdaptedModel(model_path, settings.adapters, seed=seed, device=device)
+        self.device = device
+        self.rows, self.queries = self._encode(shared)
+        mean = float(np.mean([e.answer for e in self.rows.encoded]))
+        self.task = AnswerTask(settings.normalisation, mean, head=self.adapted.head)
+        self._path = folder / "result.json"
+        self._base_path = shared / f"base-{problem.name}-{self.digest}.json"
+        self.result: dict[str, Any] = {}
+        if self._path.exists():
+            self.result = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def _encode(self, shared: Path) -> tuple[Rows, dict[str, Rows]]:
+        problem, limit = self.problem, self.settings.tokens
+
+        def tokens(pairs: list[tuple[str, str]]) -> list[Encoded]:
+            return [encode(self.tokenizer, prompt, response, limit=limit) for prompt, response in pairs]
+
+        queries = problem.queries
+        parts = {
+            "rows": tokens([(row.prompt, row.response) for row in problem.rows]),
+            "negative": tokens([(query.prompt, query.negative) for query in queries]),
+            "neutral": tokens([(query.prompt, query.neutral) for query in queries]),
+            "reference": tokens([(q.reference_prompt, q.reference) for q in queries if q.reference]),
+        }
+        path = shared / f"trunk-{problem.name}-{self.settings.adapters.layers}.pt"
+        self.digest = digest = hashlib.sha256(
+            json.dumps([[e.tokens for e in part] for part in parts.values()]).encode()
+        ).hexdigest()[:16]
+        stored: dict[str, Any] = torch.load(path) if path.exists() else {}
+        if stored.get("digest") != digest:
+            made = {name: self.adapted.trunk([e.tokens for e in part]) for name, part in parts.items()}
+            stored = {"digest": digest, "hidden": {name: [h.cpu() for h in part] for name, part in made.items()}}
+            fresh = path.with_suffix(f".{self.seed}.tmp")
+            torch.save(stored, fresh)
+            fresh.replace(path)
+        hidden = stored["hidden"]
+        sides = {name: Rows(parts[name], hidden[name]) for name in ("negative", "neutral", "reference") if parts[name]}
+        sides[QUERY] = _contrast(sides)
+        return Rows(parts["rows"], hidden["rows"]), sides
+
+    def run(self) -> dict[str, Any]:
+        """Does what is not done yet and returns the result."""
+        self._stage("base", self._base)
+        run = self._recorded()
+        self._stage("scores", lambda: self._scores(run))
+        self._stage("checkpoint_scores", self._checkpoint_scores)
+        self._stage("cleaned", self._cleaned)
+        self._stage("clean", lambda: self._trained_without(self.problem.planted))
+        return self.result
+
+    def _stage(self, name: str, work: Any) -> None:
+        if name in self.result:
+            return
+        began, cpu = time.perf_counter(), time.process_time()
+        self.result[name] = work()
+        self.result.setdefault("seconds", {})[name] = time.perf_counter() - began
+        self.result.setdefault("cpu_seconds", {})[name] = time.process_time() - cpu
+        self._write()
+
+    def _write(self) -> None:
+        described = {
+            "problem": self.problem.name,
+            "seed": self.seed,
+            "settings": asdict(self.settings),
+            "rows": len(self.problem.rows),
+            "planted": self.problem.planted.tolist(),
+            "kinds": [row.kind for row in self.problem.rows],
+            "threads": torch.get_num_threads(),
+            "device": self.device,
+            "mean_tokens": float(np.mean([len(e.tokens) for e in self.rows.encoded])),
+        }
+        _write_json(self._path, self.result | described)
+
+    def plan(self) -> fi.Plan:
+        """How the model is trained."""
+        s = self.settings
+        return fi.Plan(
+            optimizer=fi.AdamW(lr=s.lr),
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            seed=self.seed,
+            schedule=fi.Schedule("linear", warmup_steps=s.warmup),
+        )
+
+    def _behaviour(self) -> dict[str, Any]:
+        losses = {
+            name: float(row_losses(self.task, self.adapted.top, self.queries[name]).mean())
+            for name in self.queries
+            if name != QUERY
+        }
+        return behaviour(
+            self.adapted, self.tokenizer, self.problem.queries, losses=losses, new_tokens=self.settings.new_tokens
+        )
+
+    def _base(self) -> dict[str, Any]:
+        # The adapters start at zero, so the base model is the same for every seed.
+        if self._base_path.exists():
+            return json.loads(self._base_path.read_text(encoding="utf-8"))
+        top = self.adapted.reset()
+        found = {"behaviour": self._behaviour(), "losses": row_losses(self.task, top, self.rows).tolist()}
+        _write_json(self._base_path, found)
+        return found
+
+    def _recorded(self) -> fi.Run:
+        directory = self.folder / "run"
+        if "recording" in self.result:
+            return fi.open_run(directory)
+        s, plan = self.settings, self.plan()
+        began, cpu = time.perf_counter(), time.process_time()
+        run = fi.train(
+            self.task,
+            self.adapted.reset(),
+            self.rows,
+            queries={name: self.queries[name] for name in QUERIES},
+            optimizer=plan.optimizer,
+            epochs=s.epochs,
+            batch_size=s.batch_size,
+            seed=self.seed,
+            schedule=plan.schedule,
+            sensitivity="both",
+            refresh=s.refresh,
+            signals="full",
+            panel=fi.NoisePanel(len(self.rows), s.positions),
+            collate=collate,
+            directory=directory,
+            exist="resume",
+            show_progress="never",
+        )
+        self.result["recording"] = {
+            "training_seconds": run.manifest.get("training_seconds"),
+            "largest_residual": run.manifest.get("largest_residual"),
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        self.result["poisoned"] = {"behaviour": self._behaviour()}
+        self._write()
+        return run
+
+    def _scores(self, run: fi.Run) -> dict[str, list[float]]:
+        """finfluence's scores: a row that supports the negative answers has μ > 0."""
+        found = text_scores(self.problem)
+        for query in QUERIES:
+            replayed = run.influence(query, alternative="supporting")
+            found |= {
+                f"replay/{query}": replayed["mu"].to_numpy(),
+                f"q-value/{query}": replayed["q_value"].to_numpy(),
+                f"live/{query}": run.influence(query, sensitivity="live")["mu"].to_numpy(),
+            }
+        return {name: values.tolist() for name, values in found.items()}
+
+    def _checkpoint_scores(self) -> dict[str, list[float]]:
+        plan = self.plan()
+        steps = plan.steps(len(self.rows))
+        rates = [plan.optimizer.lr * plan.schedule.factor(step, steps) for step in range(steps)]
+        scorer = CheckpointScores(self.task, self.rows, queries={name: self.queries[name] for name in QUERIES})
+        for checkpoint in checkpoints(self.folder / "run", rates=rates, count=max(2, plan.epochs)):
+            self.adapted.load(checkpoint.parameters)
+            scorer.add(self.adapted.top, checkpoint)
+        return {name: values.tolist() for name, values in scorer.scores.items()}
+
+    def _trained_without(self, removed: np.ndarray) -> dict[str, Any]:
+        kept = np.flatnonzero(~removed)
+        engine = Engine(
+            self.task, self.adapted.reset(), dataset=self.rows.subset(kept.tolist()), plan=self.plan(), collate=collate
+        )
+        for batch in engine.batches():
+            engine.step(batch)
+        return {"behaviour": self._behaviour(), "removed": int(removed.sum())}
+
+    def _cleaned(self) -> dict[str, Any]:
+        scores = np.array(self.result["scores"][f"replay/{QUERY}"])
+        size = round(self.settings.flagged * len(scores))
+        flagged = np.zeros(len(scores), dtype=bool)
+        flagged[np.argsort(-scores, kind="stable")[:size]] = True
+        planted = self.problem.planted
+        return self._trained_without(flagged) | {"planted_removed": int((flagged & planted).sum())}
