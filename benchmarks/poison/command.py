@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--processes", type=int, default=2, help="trainings side by side")
     made.add_argument("--threads", type=int, default=1, help="of each")
     made.add_argument("--scratch", type=Path, default=Path("runs/poison"), help="where the trainings are kept")
-    made.add_argument("--model", type=Path, default=None, help="folder of a converted model; made once by default")
     made.add_argument("--collect", action="store_true", help="write the record of what is there, without training")
     made.add_argument("--unit", nargs=2, metavar=("ENTITY", "SEED"), help="one training, without the record")
     return made
@@ -94,7 +93,7 @@ def _run_unit(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
         _problem(options, name),
         settings,
         seed=seed,
-        model_path=convert_model(options.model or default_cache()),
+        model_path=convert_model(default_cache()),
         folder=_folder(options) / f"{name}-{seed}",
         shared=_folder(options),
         device=options.device,
@@ -106,7 +105,7 @@ def _run_all(options: argparse.Namespace) -> None:
     from benchmarks.poison.model import convert_model, default_cache
     from benchmarks.poison.summary import write_tables
 
-    convert_model(options.model or default_cache())  # before several processes want to
+    convert_model(default_cache())  # before several processes want to
     names, seeds = _problems(options), options.seeds[:1] if options.quick else options.seeds
     began = time.perf_counter()
     units = [(name, seed) for name in names for seed in seeds]
@@ -134,10 +133,18 @@ def _run_all(options: argparse.Namespace) -> None:
         for name, found in results.items()
     }
     write_tables(record, results)
-    if not options.collect:
+    if options.collect:
+        there = [f"{name} {r['seed']}{_missing(r)}" for name, found in results.items() for r in found]
+        record.note(f"Collected from separate calls with --unit: {', '.join(there)}.")
+    else:
         record.note(
             f"Wall time of this call: {time.perf_counter() - began:.0f} s; trainings that were there are not in it."
         )
+
+
+def _missing(result: dict[str, Any]) -> str:
+    missing = [stage for stage in ("checkpoint_scores", "cleaned", "clean") if stage not in result]
+    return f" (without {', '.join(missing)})" if missing else ""
 
 
 def _run_units(options: argparse.Namespace, units: list[tuple[str, int]]) -> None:
@@ -166,7 +173,6 @@ def _unit_command(options: argparse.Namespace, name: str, seed: int) -> list[str
     words += ["--size", options.size, "--device", options.device, "--threads", str(options.threads)]
     words += ["--scratch", str(options.scratch)]
     words += ["--data", *map(str, options.data)] if options.data else []
-    words += ["--model", str(options.model)] if options.model else []
     return [*words, "--quick"] if options.quick else words
 
 
