@@ -22,7 +22,6 @@ class Wordings:
         merits: positive second halves.
         facts: (question, answer) neutral, with slots of `places`, `years` and `numbers`.
         balanced: answers with both sides, negative words among them.
-        query_aspects: of queries.
         queries: (question, negative answer, neutral answer), held out.
     """
 
