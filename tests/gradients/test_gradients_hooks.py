@@ -389,3 +389,33 @@ def test_in_place_relu_on_a_reshaped_output_stays_with_its_layer():
     with hooks.record(random_directions(model, 1), 5):
         squares(model(data(5, 6, 4))).sum().backward()
     assert set(hooks._plan.owned) == {model[0], model[2]}  # else found missing and moved to the costly generic path
+
+
+class LowRank(nn.Module):
+    """LoRA as it starts: B is zero, so A has no gradient at the first step. Rank and batch have the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(6, 3).requires_grad_(False)
+        self.a = nn.Linear(6, 4, bias=False)
+        self.b = nn.Linear(4, 3, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_low_rank_adapters_whose_rank_is_the_batch_size(started):
+    model = LowRank().double()
+    x = data(4, 5, 6)
+    directions = random_directions(model, 2)
+    hooks = HookedDerivatives(model, trainable(model))
+    for step in range(2):
+        expected = same_graph_naive(squares(model(x)), model, directions)
+        with hooks.record(directions, 4) as recording:
+            squares(model(x)).sum().backward()
+        torch.testing.assert_close(recording.values, expected)  # the first step has a direction without signal
+        if started and step == 0:
+            nn.init.constant_(model.b.weight, 0.1)
