@@ -203,10 +203,14 @@ def test_progress_goes_to_stderr(tmp_path: Any, capfd: pytest.CaptureFixture[str
 
 
 _SCRIPT = """
+import signal
 import sys
 sys.path.insert(0, {tests!r})
 from oracle_problems import experiment
 from finfluence.runs.oracle import Ensemble
+
+# a shell that runs tests in the background has told its children to ignore interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if __name__ == "__main__":
     with experiment({directory!r}, executor=Ensemble(chunk=3, workers=1), epochs=40) as work:
         work.extend(3000)
