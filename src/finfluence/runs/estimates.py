@@ -25,7 +25,7 @@ from finfluence.influence import (
     with_replacement_noise,
 )
 from finfluence.influence import Estimator as TableEstimator
-from finfluence.signals import SignalStore, SignalTable, arrays, per_sample
+from finfluence.signals import SignalArrays, SignalStore, SignalTable, arrays, per_sample
 
 # Panels are taken at evenly spaced positions with a random offset.
 _POSITIONS = "regular"
@@ -70,20 +70,21 @@ def influence_table(
     panel = read_panel(store, query, index) if table == "signals" else None
     sampler = str(store.manifest.get("sampler", "shuffled"))
     full = store.manifest.get("signals") == "full" and panel is not None
-    noise = None
+    noise = completed = None
     if estimator == "gaussian" or full:
-        noise = run_noise(store, query, table=table, n=len(index), panel=panel)
-    totals = (
-        SampleTotals.from_panel(panel, shuffled_epochs(store, len(index)), centre="others", positions=_POSITIONS)
-        if full and panel is not None and sampler == "shuffled"
-        else batch_totals(store, query, table)
-    )
-    replayed = _sensitivity(store, table) == "replay"
-    completed = None
-    if noise is not None and panel is not None and shifts == "kriged" and not full and sampler == "shuffled":
-        completed = _kriged(store, query, table=table, panel=panel, noise=noise)
+        signals = arrays(store, query, table=table)
+        noise = run_noise(store, query, table=table, signals=signals, n=len(index), panel=panel)
+        if panel is not None and shifts == "kriged" and not full and sampler == "shuffled":
+            completed = _kriged(store, signals, panel=panel, noise=noise)
     if completed is not None:
         totals, noise = completed
+    elif full and panel is not None and sampler == "shuffled":
+        totals = SampleTotals.from_panel(
+            panel, shuffled_epochs(store, len(index)), centre="others", positions=_POSITIONS
+        )
+    else:
+        totals = batch_totals(store, query, table)
+    replayed = _sensitivity(store, table) == "replay"
     return InfluenceTable(
         index,
         totals,
@@ -133,7 +134,7 @@ def batch_totals(store: SignalStore, query: str, table: SignalTable) -> SampleTo
 
 
 def _kriged(
-    store: SignalStore, query: str, *, table: SignalTable, panel: Panel, noise: Noise
+    store: SignalStore, signals: SignalArrays, *, panel: Panel, noise: Noise
 ) -> tuple[SampleTotals, Noise] | None:
     """Totals and noise with what the batches did not show predicted; None where the run does not allow it."""
     if store.status != "finished":
@@ -143,7 +144,6 @@ def _kriged(
     places = store.steps().select("step", "epoch", "position").sort("step").collect()
     if places["epoch"].null_count() or places["position"].null_count():
         return None
-    signals = arrays(store, query, table=table)
     at = places["epoch"].to_numpy() * len(sampler.sizes()) + places["position"].to_numpy()
     return kriged(
         at[np.searchsorted(places["step"].to_numpy(), signals.steps)],
@@ -190,10 +190,11 @@ def shuffled_epochs(store: SignalStore, n: int) -> ShuffledEpochs:
     return ShuffledEpochs(n, int(size), bool(store.manifest.get("drop_last", False)))
 
 
-def run_noise(store: SignalStore, query: str, *, table: SignalTable, n: int, panel: Panel | None) -> Noise:
+def run_noise(
+    store: SignalStore, query: str, *, table: SignalTable, signals: SignalArrays, n: int, panel: Panel | None
+) -> Noise:
     """The noise formula of the sampler that ran, on what was recorded."""
     sampler = store.manifest.get("sampler", "shuffled")
-    signals = arrays(store, query, table=table)
     if not signals.values.size:
         raise InputError(
             f"{store.directory} holds no {table} of query {query!r} yet; finish the recording or its replay"
