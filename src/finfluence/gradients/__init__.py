@@ -14,6 +14,7 @@ from finfluence.gradients.derivatives import (
     per_sample_derivatives,
 )
 from finfluence.gradients.direction import Direction, LinearFactors
+from finfluence.gradients.evaluation import evaluating
 from finfluence.gradients.hooks import HookedDerivatives
 from finfluence.gradients.query import query_gradient
 
@@ -24,6 +25,7 @@ __all__ = [
     "Method",
     "Recording",
     "check_model",
+    "evaluating",
     "finite_difference_derivatives",
     "hooks_derivatives",
     "jvp_derivatives",

@@ -14,6 +14,7 @@ from finfluence.gradients._capture import gradient_target
 from finfluence.gradients._replay import Ambience, devices_of
 from finfluence.gradients._suspend import suspended
 from finfluence.gradients.direction import Direction, LinearFactors
+from finfluence.gradients.evaluation import evaluating
 from finfluence.gradients.rules import find_rule
 
 
@@ -101,15 +102,12 @@ def _check(value: object) -> None:
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with flags, buffers and random states put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     ambience = Ambience.capture(devices_of(model), rng=True)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in flags:
-            module.training = training
         with torch.no_grad():
             for buffer, version, content in buffers:
                 if buffer._version != version:

@@ -9,15 +9,14 @@ about the cost of another training step, and memory for a chunk of gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
-from finfluence.gradients import check_model
+from finfluence.gradients import check_model, evaluating
 from finfluence.runs.data import batch_length, take
 from finfluence.runs.engine import Engine
 from finfluence.runs.sampling import Batch
@@ -59,7 +58,8 @@ class SelfSignals:
         if not len(batch.indices):
             return np.empty(0)
         weights = self._preconditioner()
-        with _evaluation(self.engine.model):
+        with evaluating(self.engine.model):
+            check_model(self.engine.model)
             parts = [
                 _weighted_squares(gradients, weights)
                 for rows in np.array_split(batch.indices, -(-len(batch.indices) // self._chunk))
@@ -130,15 +130,3 @@ def _weighted_squares(gradients: Gradients, weights: Gradients) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    check_model(model)
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
 
+from finfluence.gradients import evaluating
 from finfluence.runs.data import model_device, to_device
 from finfluence.runs.engine import Engine, isolated_rng
 from finfluence.runs.oracle.problem import Job, Outcome, Problem, finished, one_line
 from finfluence.runs.tasks import measurement
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, running statistics), then every module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def train_one(problem: Problem, job: Job) -> Outcome:

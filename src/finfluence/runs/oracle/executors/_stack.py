@@ -21,12 +21,12 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from finfluence.errors import InputError, OracleError
+from finfluence.gradients import evaluating
 from finfluence.runs.data import batch_length, model_device, take
 from finfluence.runs.oracle.executors._batches import BatchOrders, StepBatches
 from finfluence.runs.oracle.executors._cross_entropy import FewClassCrossEntropy
 from finfluence.runs.oracle.executors.base import Tick
 from finfluence.runs.oracle.problem import Job, Problem, diverged
-from finfluence.runs.oracle.single import evaluating
 from finfluence.runs.tasks import measurement
 
 Randomness = Literal["error", "different"]
