@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from finfluence.errors import InputError, RecordingError
+from finfluence.runs import Sampler
 
 
 class _Observed:
@@ -80,6 +81,12 @@ class BatchOrder:
     def row_sampler(self) -> Any:
         """The sampler of single rows where there is one, else the batch sampler."""
         return getattr(self._sampler, "sampler", self._sampler)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the loader draws its batches, which decides the noise formula."""
+        replacement = bool(getattr(self.row_sampler, "replacement", False))
+        return Sampler("with-replacement" if replacement else "shuffled", drop_last=self.drop_last)
 
     def attach(self) -> None:
         """Begin to follow; the loader is as before but for this one attribute, which `detach` puts back."""

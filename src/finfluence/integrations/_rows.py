@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finfluence.errors import InputError, RecordingError
+from finfluence.runs.sources import first_repeat
 
 _SCALARS = (pl.String, pl.Boolean, pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.Float32, pl.Float64)
 _AGREE = 0.5  # masked language modelling replaces 15 % of a row's tokens
@@ -69,15 +70,11 @@ def row_ids(dataset: Any, id_column: str | None, ids: Sequence[Any] | None, n: i
     if kinds not in ({int}, {str}):
         shown = ", ".join(sorted(k.__name__ for k in kinds))
         raise InputError(f"{source} holds {shown}; ids must all be integers, or all be strings")
-    if len(set(values)) < n:
-        seen: dict[Any, int] = {}
-        for i, value in enumerate(values):
-            if value in seen:
-                raise InputError(
-                    f"{source} names rows {seen[value]} and {i} both {value!r}; make ids unique, or name rows by their "
-                    "index (no id_column)"
-                )
-            seen[value] = i
+    if (repeat := first_repeat(values)) is not None:
+        raise InputError(
+            f"{source} names rows {repeat[0]} and {repeat[1]} both {values[repeat[0]]!r}; make ids unique, or name "
+            "rows by their index (no id_column)"
+        )
     return np.asarray(values, dtype=np.int64 if kinds == {int} else None)
 
 

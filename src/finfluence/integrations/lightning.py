@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finfluence.errors import InputError, RecordingError
+from finfluence.gradients import evaluating
 from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_size, check_trainable
 from finfluence.integrations._measures import check_measures
@@ -159,8 +160,7 @@ class InfluenceCallback(Callback):
         samples, sampler, rows = self.samples, Sampler(), None
         if self._order is not None and self._names is not None:
             samples, rows = _rows.sample_table(None, self._names, self.samples), len(self._names)
-            replacement = bool(getattr(self._order.row_sampler, "replacement", False))
-            sampler = Sampler("with-replacement" if replacement else "shuffled", drop_last=self._order.drop_last)
+            sampler = self._order.sampler
         batch = (getattr(loader, "batch_size", None) or 0) * trainer.accumulate_grad_batches
         if rows is not None and batch:
             check_size(rows, batch)
@@ -212,14 +212,8 @@ class InfluenceCallback(Callback):
 
     def _measure(self, query: Query, trainer: Trainer, pl_module: LightningModule) -> Callable[[nn.Module], Tensor]:
         def measure(model: nn.Module) -> Tensor:
-            modes = [(module, module.training) for module in pl_module.modules()]
-            pl_module.eval()
-            try:
-                with trainer.precision_plugin.forward_context():
-                    return query(pl_module)
-            finally:
-                for module, training in modes:
-                    module.training = training
+            with evaluating(pl_module), trainer.precision_plugin.forward_context():
+                return query(pl_module)
 
         return measure
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
+from finfluence.gradients import evaluating
 from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_arguments, check_size, check_trainable
 from finfluence.integrations._layers import register_layers
@@ -27,7 +28,7 @@ from finfluence.integrations._measures import QueryContext, check_measures, loss
 from finfluence.integrations._microbatch import MicroBatches
 from finfluence.integrations._order import BatchOrder
 from finfluence.integrations._trainer import is_reentrant, prepared_rows, running_trainer
-from finfluence.runs import Recorder, Sampler
+from finfluence.runs import Recorder
 from finfluence.runs.data import tensors_of
 
 _CHECKED_BATCHES = 4  # whose content is compared with the dataset, and then every _CHECK_EVERY-th
@@ -230,7 +231,7 @@ class InfluenceCallback(TrainerCallback):
             samples=samples,
             batch_dim=0 if is_reentrant(args) else "auto",
             rows="several",
-            sampler=_sampler(self._order),
+            sampler=self._order.sampler,
             seed=args.seed if args.data_seed is None else args.data_seed,
             manifest=self._describe(args, packed=packed),
             exist=self.exist,
@@ -337,14 +338,8 @@ class InfluenceCallback(TrainerCallback):
             return
         with _rows.undisturbed():
             batch = dict(context.collate([dataset[0]]))
-            modes = [(module, module.training) for module in model.modules()]
-            model.eval()
-            try:
-                with torch.no_grad():
-                    output = model(**trainer._prepare_inputs(batch))
-            finally:
-                for module, training in modes:
-                    module.training = training
+            with evaluating(model), torch.no_grad():
+                output = model(**trainer._prepare_inputs(batch))
         if loss_of(output) is None:
             raise InputError(
                 f"{type(model).__name__} returned no loss for a batch with {', '.join(batch)}: its forward ignores "
@@ -383,11 +378,6 @@ class InfluenceCallback(TrainerCallback):
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer itself, out of Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _sampler(order: BatchOrder) -> Sampler:
-    replacement = bool(getattr(order.row_sampler, "replacement", False))
-    return Sampler("with-replacement" if replacement else "shuffled", drop_last=order.drop_last)
 
 
 def _rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

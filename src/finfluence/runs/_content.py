@@ -13,9 +13,8 @@ import torch
 
 from finfluence.errors import InputError
 from finfluence.runs.engine import isolated_rng
-from finfluence.runs.sources import Source, dataset_hashes, read_source
+from finfluence.runs.sources import CONTENT, Source, dataset_hashes, read_source
 
-COLUMN = "content_hash"
 # What the hashes are of: rows of the source file, items of the dataset, or whatever the caller hashed.
 ContentKind = Literal["rows", "items", "given"]
 
@@ -45,7 +44,7 @@ def with_content(
     Raises:
         InputError: a source file that cannot be read or lacks some of the samples.
     """
-    if COLUMN in table.columns:
+    if CONTENT in table.columns:
         return table, "given"
     if source is not None:
         origin = Source.from_dict(source)
@@ -57,13 +56,13 @@ def with_content(
                 f"{origin.path} has no row for {len(missing)} of the {len(names)} samples, the first is {missing[0]!r};"
                 " name the source's id_column, or give the table of samples a column content_hash"
             )
-        return table.with_columns(pl.Series(COLUMN, [known[name] for name in names])), "rows"
+        return table.with_columns(pl.Series(CONTENT, [known[name] for name in names])), "rows"
     with _undisturbed():
         hashes = dataset_hashes(dataset)
         rows_hashed = isinstance(dataset[0], Mapping)
     if hashes is None:
-        return table.with_columns(pl.lit(None, dtype=pl.String).alias(COLUMN)), None
-    return table.with_columns(pl.Series(COLUMN, hashes)), "rows" if rows_hashed else "items"
+        return table.with_columns(pl.lit(None, dtype=pl.String).alias(CONTENT)), None
+    return table.with_columns(pl.Series(CONTENT, hashes)), "rows" if rows_hashed else "items"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finfluence.errors import InputError
+
+CONTENT = "content_hash"  # column of the sample table
 
 SourceFormat = Literal["jsonl", "csv", "parquet"]
 FORMATS: dict[str, SourceFormat] = {
@@ -351,3 +353,13 @@ __all__ = [
     "row_hash",
     "source_format",
 ]
+
+
+def first_repeat(names: Iterable[Hashable]) -> tuple[int, int] | None:
+    """Places of the first name that occurs a second time: where it stood before, and where it stands again."""
+    seen: dict[Hashable, int] = {}
+    for place, name in enumerate(names):
+        if name in seen:
+            return seen[name], place
+        seen[name] = place
+    return None

@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 
 from finfluence.errors import FinfluenceWarning, InputError
 from finfluence.runs.run import Run
-from finfluence.workflows.sources import Source, SourceRows, read_source, source_format
+from finfluence.runs.sources import CONTENT, Source, SourceRows, first_repeat, read_source, source_format
 
-CONTENT = "content_hash"
 FIGURES = ("sample", "group", "mu", "ci_low", "ci_high", "q_value", "reason")
 
 
@@ -97,9 +96,8 @@ def matching_rows(run: Run, rows: SourceRows, source: Source) -> dict[str, int]:
     names = [str(name) for name in samples["sample"].to_list()]
     ids = [str(name) for name in rows.ids(source.id_column)]
     places = {name: place for place, name in enumerate(ids)}
-    if len(places) < len(ids):
-        twice = next(name for place, name in enumerate(ids) if places[name] != place)
-        raise InputError(f"{rows.path} holds the id {twice!r} in more than one row; ids must be unique")
+    if (repeat := first_repeat(ids)) is not None:
+        raise InputError(f"{rows.path} holds the id {ids[repeat[0]]!r} in more than one row; ids must be unique")
     how = f"column {source.id_column!r}" if source.id_column else "their row's index"
     if missing := [name for name in names if name not in places]:
         raise InputError(

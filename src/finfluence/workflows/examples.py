@@ -13,7 +13,7 @@ import polars as pl
 
 from finfluence.errors import InputError
 from finfluence.integrations.text import IGNORED, tokenize_completion, tokenize_text
-from finfluence.runs.sources import Source, read_source, row_hash
+from finfluence.runs.sources import Source, first_repeat, read_source, row_hash
 from finfluence.workflows.configuration import ColumnsSection, DataSection
 
 RowFormat = Literal["chat", "completion", "text"]
@@ -209,14 +209,11 @@ def _ids(rows: Sequence[Mapping[str, Any]], column: str | None, columns: Iterabl
         if wrong := next((v for v in values if not isinstance(v, (str, int))), None):
             raise InputError(f"{origin}: the id {wrong!r} is a {type(wrong).__name__}; use integers or text")
         values = [str(value) for value in values]
-    seen: dict[Any, int] = {}
-    for i, value in enumerate(values):
-        if value in seen:
-            raise InputError(
-                f"{origin}: the id {value!r} stands twice in column {column!r}, in rows {seen[value]} and {i} (counted "
-                "from 0); ids must be unique"
-            )
-        seen[value] = i
+    if (repeat := first_repeat(values)) is not None:
+        raise InputError(
+            f"{origin}: the id {values[repeat[0]]!r} stands twice in column {column!r}, in rows {repeat[0]} and "
+            f"{repeat[1]} (counted from 0); ids must be unique"
+        )
     return pl.Series("sample", values, dtype=pl.Int64 if whole else pl.String)
 
 
