@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._methods import Training
+from benchmarks._methods import Scores, Training
 from benchmarks.peers.common import State
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +152,40 @@ def run_peer(peer: Peer, problem: Path, *, folder: Path, timeout: float = 480) -
             arrays = {name: file[name] for name in file.files}
     about = json.loads(str(arrays["about"]))
     return PeerScores(arrays.get("scores"), arrays.get("own"), arrays.get("flagged"), about)
+
+
+def peer_scores(
+    training: Training, *, ensemble: list[State], peers: Path, skip: Collection[str], failures: dict[str, str]
+) -> dict[tuple[str, str], Scores]:
+    """Every peer's scores of one training: harm to the query, or what a sample does to itself.
+
+    Args:
+        training: the training that is scored.
+        ensemble: states of independent trainings, for the methods that ask for them.
+        peers: folder of the environments.
+        skip: names of peers that are left out.
+        failures: peers that did not run and why; those in it are left out, and new ones are entered.
+
+    Returns:
+        (use, peer) → scores, higher is more suspect; use is "query" or "self".
+    """
+    scores: dict[tuple[str, str], Scores] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.npz"
+        extra = {"probabilities": cross_validated(training)}
+        write_problem(path, training, training.problem.asked, ensemble=ensemble, extra=extra)
+        for peer in PEERS:
+            if peer.name in failures or peer.name in skip:
+                continue
+            result = run_peer(peer, path, folder=peers)
+            if isinstance(result, str):
+                failures[peer.name] = result
+                continue
+            if result.scores is not None:
+                scores["query", peer.name] = Scores(-result.scores.mean(axis=0))
+            if result.own is not None:
+                scores["self", peer.name] = Scores(result.own, result.flagged)
+    return scores
 
 
 def cross_validated(training: Training, *, folds: int = 5) -> np.ndarray:

@@ -25,8 +25,8 @@ import torch
 
 import finfluence as fi
 from benchmarks._data import Problem, clean_problem, sources, with_noise
-from benchmarks._methods import QUERY, Scores, baselines, harmful, own_scores, record, standing_out, train
-from benchmarks._peers import PEERS, cross_validated, missing, run_peer, write_problem
+from benchmarks._methods import QUERY, Scores, Training, baselines, harmful, own_scores, record, standing_out, train
+from benchmarks._peers import PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
 from finfluence.influence.consistency import (
     joint_recall,
@@ -87,7 +87,7 @@ def collect(problem: Problem, randomness: str, *, runs: int, pools: int, peers: 
                     recorded.append(record(problem, place, seed=run + 1, start=start, signals=signals))
                 scores = own_scores(kept["batch"][-1], kept["full"][-1]) | baselines(training)
                 if peers and run < runs:
-                    scores |= peer_scores(training, randomness, run, peers=peers, only=only, failures=failures)
+                    scores |= peers_of(training, randomness, run, peers=peers, only=only, failures=failures)
                 for method, score in scores.items():
                     members[method].append(score)
                     if run < runs:
@@ -106,32 +106,16 @@ def collect(problem: Problem, randomness: str, *, runs: int, pools: int, peers: 
     return found, grouped, failures
 
 
-def peer_scores(
-    training: Any, randomness: str, run: int, *, peers: Path, only: Any, failures: dict[str, str]
+def peers_of(
+    training: Training, randomness: str, run: int, *, peers: Path, only: Any, failures: dict[str, str]
 ) -> dict[Method, Scores]:
     """Every peer's scores of one training; TRAK's ten models have seeds of their own in every run."""
-    problem = training.problem
     others = range(1000 + 10 * run, 1010 + 10 * run)
     ensemble = [
-        train(problem, seed=s, start=start_of(randomness, s), most=1).checkpoints[-1] for s in others
+        train(training.problem, seed=s, start=start_of(randomness, s), most=1).checkpoints[-1] for s in others
     ]  # as many as its documentation's example has
-    scores: dict[Method, Scores] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "problem.npz"
-        extra = {"probabilities": cross_validated(training)}
-        write_problem(path, training, problem.asked, ensemble=ensemble, extra=extra)
-        for peer in PEERS:
-            if peer.name in failures or peer.name in LEFT_OUT or (only and peer.environment not in only):
-                continue
-            result = run_peer(peer, path, folder=peers)
-            if isinstance(result, str):
-                failures[peer.name] = result
-                continue
-            if result.scores is not None:
-                scores["query", peer.name] = Scores(-result.scores.mean(axis=0))
-            if result.own is not None:
-                scores["self", peer.name] = Scores(result.own, result.flagged)
-    return scores
+    skip = {*LEFT_OUT, *(p.name for p in PEERS if only and p.environment not in only)}
+    return peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
 def row(scores: list[Scores], planted: np.ndarray) -> dict[str, Any]:

@@ -17,7 +17,6 @@ influence on the mean validation loss, or on the planted behaviour where one was
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 
 from benchmarks._data import Problem, clean_problem, sources, with_noise
-from benchmarks._methods import Scores, Training, baselines, own_scores, recorded, train
-from benchmarks._peers import NOT_COMPARED, PEERS, cross_validated, missing, run_peer, write_problem
+from benchmarks._methods import Scores, baselines, own_scores, recorded, train
+from benchmarks._peers import NOT_COMPARED, missing, peer_scores
 from benchmarks._records import Record, parser
 from finfluence.influence import detection
 
@@ -103,31 +102,10 @@ def scores_of(
         recorded(problem, seed=seed, start=seed, signals="full") as full,
     ):
         scores = own_scores(batch, full) | baselines(training)
-    return scores | (_peer_scores(training, seed, peers=peers, skip=skip, failures=failures) if peers else {})
-
-
-def _peer_scores(
-    training: Training, seed: int, *, peers: Path, skip: tuple[str, ...], failures: dict[str, str]
-) -> dict[Any, Scores]:
-    problem = training.problem
+    if peers is None:
+        return scores
     ensemble = [train(problem, seed=s, start=s, most=1).checkpoints[-1] for s in range(100 * seed, 100 * seed + 10)]
-    found: dict[Any, Scores] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "problem.npz"
-        extra = {"probabilities": cross_validated(training)}
-        write_problem(path, training, problem.asked, ensemble=ensemble, extra=extra)
-        for peer in PEERS:
-            if peer.name in failures or peer.name in skip:
-                continue
-            result = run_peer(peer, path, folder=peers)
-            if isinstance(result, str):
-                failures[peer.name] = result
-                continue
-            if result.scores is not None:
-                found["query", peer.name] = Scores(-result.scores.mean(axis=0))
-            if result.own is not None:
-                found["self", peer.name] = Scores(result.own, result.flagged)
-    return found
+    return scores | peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
 def main(arguments: list[str] | None = None) -> None:
