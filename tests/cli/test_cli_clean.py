@@ -30,22 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "digits.jsonl"
     rows = recipe.samples.select("sample", "label").with_columns(pl.lit('a "digit"').alias("text"))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows.iter_rows(named=True)), encoding="utf-8")
-    fi.train(
-        recipe.task,
-        recipe.make_model(recipe.plan.seed),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=recipe.plan.optimizer,
-        epochs=recipe.plan.epochs,
-        batch_size=recipe.plan.batch_size,
-        seed=recipe.plan.seed,
-        sensitivity="replay",
-        samples=recipe.samples,
-        recipe=recipe.reference,
-        source=Source.of(data, id_column="sample").as_dict(),
-        directory=folder / "run",
-        show_progress="never",
-    )
+    source = Source.of(data, id_column="sample").as_dict()
+    recipe.train(folder / "run", sensitivity="replay", source=source, show_progress="never")
     return folder / "run"
 
 

@@ -25,16 +25,8 @@ EPOCHS = 5
 def run(tmp_path_factory: pytest.TempPathFactory) -> fi.Run:
     """A recorded run on digits with flipped labels, replay and live."""
     recipe = digits(samples=SAMPLES, epochs=EPOCHS, batch_size=BATCH, hidden=16)
-    return fi.train(
-        recipe.task,
-        recipe.make_model(0),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=recipe.plan.optimizer,
-        epochs=EPOCHS,
-        batch_size=BATCH,
-        directory=tmp_path_factory.mktemp("runs") / "digits",
-        samples=recipe.samples,
+    return recipe.train(
+        tmp_path_factory.mktemp("runs") / "digits",
         sensitivity="both",
         panel=fi.NoisePanel(samples=SAMPLES, positions=SAMPLES // BATCH),
         show_progress="never",
@@ -99,15 +91,8 @@ def test_samples_subsets_and_groups_equal_a_naive_computation(run: fi.Run) -> No
 def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
     """Kriged and plain μ differ, agree in rank and say which they are; path noise widens errors and moves nothing."""
     recipe = digits(samples=SAMPLES, epochs=EPOCHS, batch_size=BATCH, hidden=16)
-    own = fi.train(
-        recipe.task,
-        recipe.make_model(0),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=recipe.plan.optimizer,
-        epochs=EPOCHS,
-        batch_size=BATCH,
-        directory=tmp_path / "run",
+    own = recipe.train(
+        tmp_path / "run",
         sensitivity="replay",
         panel=fi.NoisePanel(samples=40, positions=5),
         show_progress="never",

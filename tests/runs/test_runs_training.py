@@ -257,17 +257,8 @@ def test_self_influence_finds_flipped_labels(tmp_path: Path) -> None:
     from finfluence.workflows.digits import digits
 
     recipe = digits(samples=300)
-    plan = recipe.plan
-    run = fi.train(
-        recipe.task,
-        recipe.make_model(0),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=plan.optimizer,
-        epochs=plan.epochs,
-        batch_size=plan.batch_size,
-        directory=tmp_path / "run",
-        samples=recipe.samples,
+    run = recipe.train(
+        tmp_path / "run",
         panel=fi.NoisePanel(0),
         refresh=50,
         self_influence="record",

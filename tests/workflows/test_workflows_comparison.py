@@ -21,17 +21,12 @@ from finfluence.workflows.digits import digits
 
 def record(directory: Path, *, seed: int, samples: int = 150, queries: str = "validation") -> fi.Run:
     recipe = digits(samples=samples, epochs=4)
-    return fi.train(
-        recipe.task,
-        recipe.make_model(0),
-        recipe.dataset,
+    return recipe.train(
+        directory,
+        start=0,
         queries={queries: recipe.queries["validation"]},
-        optimizer=recipe.plan.optimizer,
-        epochs=4,
         batch_size=15,
         seed=seed,
-        samples=recipe.samples,
-        directory=directory,
         sensitivity="both",
         self_influence="record",
         show_progress="never",

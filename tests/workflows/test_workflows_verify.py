@@ -18,20 +18,7 @@ from finfluence.workflows.verification import curve_points
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> fi.Run:
     recipe = digits(samples=200, epochs=4, seed=3)
-    return fi.train(
-        recipe.task,
-        recipe.make_model(recipe.plan.seed),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=recipe.plan.optimizer,
-        epochs=recipe.plan.epochs,
-        batch_size=recipe.plan.batch_size,
-        seed=recipe.plan.seed,
-        sensitivity="replay",
-        samples=recipe.samples,
-        recipe=recipe.reference,
-        directory=tmp_path_factory.mktemp("verify") / "run",
-    )
+    return recipe.train(tmp_path_factory.mktemp("verify") / "run", sensitivity="replay")
 
 
 def test_a_recipe_is_rebuilt_from_the_run(run: fi.Run) -> None:

@@ -33,7 +33,6 @@ def demo(
 
     Example: finfluence demo --output runs/demo
     """
-    from finfluence.runs import train
     from finfluence.tradeoff import SIGN_CONVENTION
     from finfluence.workflows.cleaning import clean
     from finfluence.workflows.demo import detection_scores, held_out_accuracy
@@ -43,23 +42,9 @@ def demo(
     began = time.perf_counter()
     directory = output or free_directory(Path("runs/demo"))
     recipe = digits(samples=250, epochs=10) if quick else digits(epochs=12, batch_size=50)
-    plan = recipe.plan
     n, planted = len(recipe.dataset), 0 if recipe.samples is None else int(recipe.samples["planted"].sum())
     _say(f"1 record and replay: a small network on {n} handwritten digits, {planted} of them with a wrong label")
-    run = train(
-        recipe.task,
-        recipe.make_model(plan.seed),
-        recipe.dataset,
-        queries=recipe.queries,
-        optimizer=plan.optimizer,
-        epochs=plan.epochs,
-        batch_size=plan.batch_size,
-        seed=plan.seed,
-        sensitivity="both",
-        samples=recipe.samples,
-        recipe=recipe.reference,
-        directory=directory,
-    )
+    run = recipe.train(directory, sensitivity="both")
     print(SIGN_CONVENTION)
     flagged = clean(run, "validation", fdr=0.05)
     cut = clean(run, "validation", top="recommended")

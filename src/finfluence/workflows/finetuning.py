@@ -28,7 +28,7 @@ from finfluence.integrations.models import (
     resolve_device,
 )
 from finfluence.integrations.text import context_length, pad_batch, pad_token_id
-from finfluence.runs import CausalLMTask, Contrast, NoisePanel, Plan, ReplayOptions, Run, Schedule, train
+from finfluence.runs import CausalLMTask, Contrast, NoisePanel, Plan, ReplayOptions, Run, Schedule
 from finfluence.runs.plan import OptimizerConfig
 from finfluence.sensitivity import SGD, Adam, AdamW
 from finfluence.signals import open_folder
@@ -209,32 +209,16 @@ def fine_tune(
         # before minutes of loading; `train` itself checks again
         check_free(directory)
     made, options = work.recipe, work.configuration.sensitivity
-    model = made.make_model(made.plan.seed)
     with _described(work, directory):
-        return train(
-            made.task,
-            model,
-            made.dataset,
-            queries=made.queries,
-            optimizer=made.plan.optimizer,
-            epochs=made.plan.epochs,
-            batch_size=made.plan.batch_size,
-            directory=directory,
-            seed=made.plan.seed,
+        return made.train(
+            directory,
             sensitivity=options.kind,
             signals=options.signals,
-            schedule=made.plan.schedule,
-            clip_norm=made.plan.clip_norm,
-            accumulation=made.plan.accumulation,
-            precision=made.plan.precision,
             refresh=options.refresh,
             panel=make_panel(options, len(made.dataset)),
-            samples=made.samples,
             self_influence=options.self_influence,
-            collate=made.collate,
             checkpoint_every=options.checkpoint_every,
             replay_options=make_replay_options(options),
-            recipe=made.reference,
             source=work.examples.source,
             exist=exist,
             show_progress=show_progress,

@@ -7,8 +7,9 @@ uses them to rebuild the data, the model and the plan, for example to verify a f
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from finfluence.errors import InputError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import nn
 
-    from finfluence.runs import Plan, Task
+    from finfluence.runs import Plan, Run, Task
     from finfluence.runs.data import Collate
 
 
@@ -51,6 +52,32 @@ class Recipe:
     image_shape: tuple[int, ...] | None = None
     held_out: Any = None
     reference: Mapping[str, Any] = field(default_factory=dict)
+
+    def train(self, directory: str | os.PathLike[str], *, start: int | None = None, **options: Any) -> Run:
+        """Records this training.
+
+        Args:
+            directory: run directory.
+            start: seed of the initial parameters; the plan's own by default.
+            **options: of `finfluence.train`: what is recorded; or what replaces an entry of the recipe.
+
+        Returns:
+            The run.
+
+        Raises:
+            FinfluenceError: as of `finfluence.train`.
+        """
+        from finfluence.runs import train
+
+        own: dict[str, Any] = {entry.name: getattr(self.plan, entry.name) for entry in fields(self.plan)}
+        own |= {
+            "queries": self.queries,
+            "samples": self.samples,
+            "collate": self.collate,
+            "recipe": self.reference or None,
+        }
+        model = self.make_model(self.plan.seed if start is None else start)
+        return train(self.task, model, self.dataset, directory=directory, **(own | options))
 
 
 def load_recipe(reference: Mapping[str, Any]) -> Recipe:
