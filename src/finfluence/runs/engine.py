@@ -82,6 +82,7 @@ class Engine:
         n: number of samples trained on.
         total_steps: optimizer steps of the whole run.
         parameters: trainable parameters by name.
+        model_size: number of all the model's parameters.
         optimizer: the torch.optim optimizer.
 
     Raises:
@@ -104,6 +105,7 @@ class Engine:
         self.n = dataset_size(dataset) if subset is None else len(subset)
         self.device = model_device(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model_size = sum(p.numel() for p in model.parameters())
         if not self.parameters:
             raise InputError("the model has no trainable parameter; set requires_grad on what should be trained")
         self.population = self.n if population is None else population

@@ -89,7 +89,7 @@ def panel_signals(
         (m, n_queries) float64, ⟨q, ∇ℓ_i⟩, without the weight 1/b.
     """
     if chunk is None:
-        large = sum(p.numel() for p in engine.model.parameters()) > _SMALL_MODEL
+        large = engine.model_size > _SMALL_MODEL
         chunk = -(-engine.plan.batch_size // engine.plan.accumulation) if large else _CHUNK
     seed_step(engine.plan.seed, step, device=engine.device)
     parts = [

@@ -358,9 +358,10 @@ class Recorder:
         )
 
     def _mean_loss(self) -> float | None:
+        if self._shares:
+            return sum(self._shares)
         count = sum(b for _, b in self._losses)
-        mean = sum(loss * b for loss, b in self._losses) / count if count else None
-        return sum(self._shares) if self._shares else mean
+        return sum(loss * b for loss, b in self._losses) / count if count else None
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if has_closure(args, kwargs):

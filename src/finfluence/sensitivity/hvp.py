@@ -15,7 +15,6 @@ from finfluence.sensitivity.layout import Layout
 Parameters = Mapping[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
 Gradient = Callable[[Parameters], Mapping[str, Tensor]]
-Gradients = Callable[[Parameters], Mapping[str, Tensor]]
 HessianMethod = Literal["auto", "exact", "one-sided", "central"]
 
 # `auto` takes the exact product up to this many parameters: below it a double backward costs about what a gradient
@@ -175,7 +174,7 @@ class DifferenceHessian(BatchHessian):
         sides: Literal["one-sided", "central"] = "one-sided",
         precision: torch.dtype | None = None,
         smoothing: float | None = None,
-        gradients: Gradients | None = None,
+        gradients: Gradient | None = None,
     ) -> None:
         super().__init__(theta, layout)
         self._function, self._functions, self._smoothing = gradient, gradients, smoothing
@@ -272,7 +271,7 @@ def batch_hessian(
     precision: torch.dtype | None = None,
     model_size: int | None = None,
     smoothing: float | None = None,
-    gradients: Gradients | None = None,
+    gradients: Gradient | None = None,
 ) -> BatchHessian:
     """The gradient and Hessian-vector products of a batch's loss at `parameters`.
 
