@@ -6,7 +6,8 @@ and recomputes them, offloading moves them), and autograd's own version counter 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,19 +55,67 @@ class Kept:
         Raises:
             RecordingError: a tensor was modified in place since.
         """
-        try:
+        with _unchanged(what):
             saved = self._node.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise RecordingError(
-                f"the input of {what} was modified in place after the module ran; "
-                "use the out-of-place form of that operation, or method='jvp'"
-            ) from error
         leaves = list(self._others)
         for i, tensor in zip(self._tensors, saved, strict=True):
             leaves[i] = tensor.detach()
         return pytree.tree_unflatten(leaves, self._spec)
+
+
+class Borrowed:
+    """A matmul's input as autograd itself keeps it for the weight's gradient: no copy, no memory of our own.
+
+    Args:
+        node: of the product in the autograd graph.
+        shape: of the input.
+    """
+
+    def __init__(self, node: Any, shape: torch.Size) -> None:
+        self._node, self._shape = node, shape
+
+    @classmethod
+    def of(cls, x: Tensor, output: Tensor) -> Borrowed | None:
+        """The input x of a product without bias, cast or not; None where autograd does not surely hold it.
+
+        Saved-tensor hooks (gradient checkpointing) let a tensor be read once only, and that once is autograd's.
+        """
+        hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+        if hooks is None or hooks(True) is not None:
+            return None
+        reshaped = output.grad_fn
+        if reshaped is None or reshaped.name() != "UnsafeViewBackward0":
+            return None  # the hook would then hang on the product itself, and hold on to its own node
+        node = reshaped.next_functions[0][0]
+        if node is None or node.name() != "MmBackward0":
+            return None
+        saved = node._saved_self  # pyright: ignore[reportAttributeAccessIssue]
+        rows = x.shape.numel() // x.shape[-1]
+        if saved is None or saved.shape != (rows, x.shape[-1]) or saved.dtype != output.dtype:
+            return None
+        return cls(node, x.shape)
+
+    def load(self, what: str) -> Tensor:
+        """The detached input.
+
+        Raises:
+            RecordingError: it was modified in place since.
+        """
+        with _unchanged(what):
+            return self._node._saved_self.detach().view(self._shape)
+
+
+@contextmanager
+def _unchanged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RecordingError(
+            f"the input of {what} was modified in place after the module ran; "
+            "use the out-of-place form of that operation, or method='jvp'"
+        ) from error
 
 
 @dataclass
@@ -106,7 +155,7 @@ class ModuleCall:
     module: nn.Module
     outputs: list[Output]
     inputs: list[Any] = field(default_factory=list)
-    kept: Kept | None = None
+    kept: Kept | Borrowed | None = None
     ambience: Ambience | None = None
     checksum: list[Tensor] | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finfluence.errors import InputError, RecordingError
 from finfluence.gradients import _layout as layouts
-from finfluence.gradients._capture import Kept, ModuleCall, Output, gradient_target, in_shapes, on_gradients
+from finfluence.gradients._capture import Borrowed, Kept, ModuleCall, Output, gradient_target, in_shapes, on_gradients
 from finfluence.gradients._contribution import contribute, signatures
 from finfluence.gradients._discovery import Discovery
 from finfluence.gradients._plan import Plan
@@ -181,18 +181,19 @@ class HookedDerivatives:
         )
         record.keeps[module] = mode
         call = ModuleCall(module, outputs)
-        sources = tensors_in((args, kwargs))
+        known = self._discovery.settled and all(o.decided for o in outputs)
+        sources = [] if known and mode != "call" else tensors_in((args, kwargs))
         if mode == "input":
-            call.kept = Kept(
-                _matmul_input(_first_input(args, kwargs), found[0][1], matmul=rule is not None and rule.matmul)
-            )
+            matmul = rule is not None and rule.matmul
+            call.kept = _matmul_input(_first_input(args, kwargs), found[0][1], matmul=matmul)
         elif mode == "call":
             call.kept, call.ambience = Kept((args, kwargs)), self._discovery.ambience(module, entry, sources)
             if not self._discovery.settled:
                 call.checksum = signatures([t for _, t in found])
-        record.coincidence |= any(
-            layouts.coincides(t.shape, record.batch_size) for t in (*sources, *(t for _, t in found))
-        )
+        if not known:
+            record.coincidence |= any(
+                layouts.coincides(t.shape, record.batch_size) for t in (*sources, *(t for _, t in found))
+            )
         if record.running(self._plan.model):  # not while checkpointing recomputes: that must leave nothing behind
             self._note(record, call, sources, [t for _, t in found])
         for name in owned.values():
@@ -213,7 +214,6 @@ class HookedDerivatives:
     def _output(self, record: Recording, module: nn.Module, index: int, tensor: Tensor) -> Output:
         rule, b = self._plan.rules[module], record.batch_size
         features = rule.feature_dims(module, tensor.ndim) if rule is not None else 0
-        options = layouts.candidates(tensor.shape, b, feature_dims=features, batch_dim=self._batch_dim)
         if record.segments is not None:
             parts, total = record.segments
             placed = parts.within(tensor.shape[: tensor.ndim - features], total)
@@ -222,7 +222,8 @@ class HookedDerivatives:
             return Output(index, tensor.shape, None, [0], 0, True)
         known = self._discovery.layouts.get((module, index, tensor.ndim))
         if known is not None and layouts.admits(tensor.shape, b, known):
-            return Output(index, tensor.shape, None, options, known, True)
+            return Output(index, tensor.shape, None, [known], known, True)
+        options = layouts.candidates(tensor.shape, b, feature_dims=features, batch_dim=self._batch_dim)
         layout = options[0] if options else None
         if isinstance(layout, str):
             record.coincidence = True
@@ -249,7 +250,9 @@ def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _matmul_input(x: Tensor, output: Tensor, *, matmul: bool) -> Tensor:
+def _matmul_input(x: Tensor, output: Tensor, *, matmul: bool) -> Kept | Borrowed:
     """The input as the layer's matmul saw it: under autocast a low-precision copy, half the memory of the original."""
-    low = output.dtype in (torch.bfloat16, torch.float16)
-    return x.detach().to(output.dtype) if matmul and low and x.dtype == torch.float32 else x
+    if not matmul:
+        return Kept(x)
+    low = output.dtype in (torch.bfloat16, torch.float16) and x.dtype == torch.float32
+    return Borrowed.of(x, output) or Kept(x.detach().to(output.dtype) if low else x)

@@ -17,8 +17,7 @@ def register_layers() -> None:
 def transposed_linear(call: Call) -> None:
     """GPT-2's y = x W + b: einsum("nio,...i,...o->...n", q, x, δ), and Σ δ q_b."""
     if call.input is not None:
-        d_in, d_out = call.module.weight.shape
-        dtype = matmul_dtype(call.delta.dtype, rank=min(d_in, d_out))
+        dtype = matmul_dtype(call.delta.dtype)
         x, delta = call.source.to(dtype), call.delta.to(dtype)
         for directions, stacked in call.queries.dense("weight", dtype=dtype):
             for column, q in zip(directions, stacked, strict=True):

@@ -19,7 +19,7 @@ from finfluence.gradients.rules.linear import matmul_dtype
 def conv(call: Call) -> None:
     """einsum("bgo...,bgko...->bk", δ, conv(a, q)) with the directions stacked as output channels of each group g."""
     module, groups = call.module, call.module.groups
-    dtype = matmul_dtype(call.delta.dtype, rank=module.weight[0].numel())
+    dtype = matmul_dtype(call.delta.dtype)
     if call.input is not None:
         source, delta = call.source.to(dtype), call.delta.to(dtype).unflatten(1, (groups, 1, -1))
         for directions, q in call.queries.dense("weight", dtype=dtype):

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from finfluence.gradients.rules._registry import Call, register
 
-_SMALL_RANK = 64  # at most this many rows or columns: the matmul is cheap, so it runs in full precision
-
 
 @register(nn.Linear, needs_input=["weight"], feature_dims=lambda module, ndim: 1, matmul=True)
 def linear(call: Call) -> None:
@@ -22,10 +20,10 @@ def linear(call: Call) -> None:
 def _weight(call: Call) -> None:
     leading = call.delta.shape[:-1]
     d_out, d_in = call.module.weight.shape
-    dtype = matmul_dtype(call.delta.dtype, rank=min(d_out, d_in))
     x = call.source.reshape(-1, d_in)
     delta = call.delta.reshape(-1, d_out)
-    factors = call.queries.factored(dtype=matmul_dtype(call.delta.dtype, rank=0))
+    dtype = matmul_dtype(call.delta.dtype)
+    factors = call.queries.factored(dtype=dtype)
     if factors is not None:
         directions, rows, row_deltas, membership = factors
         inner = (x.to(rows.dtype) @ rows.mT).mul_(delta.to(rows.dtype) @ row_deltas.mT)
@@ -51,11 +49,10 @@ def _product(rows: Tensor, matrices: Tensor) -> Tensor:
     return rows @ matrices
 
 
-def matmul_dtype(delta: torch.dtype, *, rank: int) -> torch.dtype:
-    """The dtype to contract in: the output gradient's for a large bfloat16 layer, float32 where cheap or for float16.
+def matmul_dtype(delta: torch.dtype) -> torch.dtype:
+    """The dtype to contract in: the output gradient's own where it is bfloat16, float32 for float16.
 
-    float16 would overflow or lose the direction's small entries, bfloat16 has float32's range.
+    float16 would overflow or lose the direction's small entries, bfloat16 has float32's range. Its rounding is random
+    from entry to entry and averages out over a matrix.
     """
-    if delta == torch.bfloat16 and rank > _SMALL_RANK:
-        return delta
-    return delta if delta in (torch.float32, torch.float64) else torch.float32
+    return delta if delta in (torch.bfloat16, torch.float32, torch.float64) else torch.float32
