@@ -42,6 +42,7 @@ class Settings:
         normalisation: of the training loss, see `AnswerTask`.
         refresh: live query gradients are evaluated at every so many steps.
         positions: of every epoch, at which the replay evaluates every row ("full" signals).
+        damping: κ of the replay, above its default because adjoints grow here.
         new_tokens: longest generation.
         flagged: share of the rows that is removed before training again.
     """
@@ -55,6 +56,7 @@ class Settings:
     normalisation: Normalisation = "batch"
     refresh: int = 8
     positions: int = 3
+    damping: float = 0.15
     new_tokens: int = 20
     flagged: float = 0.1
 
@@ -228,6 +230,7 @@ class Unit:
             refresh=s.refresh,
             signals="full",
             panel=fi.NoisePanel(len(self.rows), s.positions),
+            replay_options=fi.ReplayOptions(damping=s.damping),
             collate=collate,
             directory=directory,
             exist="resume",

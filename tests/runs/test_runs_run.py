@@ -108,6 +108,10 @@ def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
     for wrong in ({"shifts": "kriging"}, {"path_noise": -1.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             own.influence("validation", **wrong)
+    adam = digits(samples=SAMPLES, epochs=2, batch_size=BATCH, hidden=16, optimizer="adamw")
+    under_adam = adam.train(tmp_path / "adam", sensitivity="both", show_progress="never")
+    assert metadata(under_adam.influence("validation"))["path_noise"] == 2.0
+    assert metadata(under_adam.influence("validation", sensitivity="live"))["path_noise"] == 0.0
 
 
 def test_live_signals_and_tracin_equal_a_naive_computation(run: fi.Run) -> None:

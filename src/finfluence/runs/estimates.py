@@ -30,9 +30,11 @@ from finfluence.signals import SignalArrays, SignalStore, SignalTable, arrays, p
 # Panels are taken at evenly spaced positions with a random offset.
 _POSITIONS = "regular"
 
-# What another path adds to the error of a replayed shift, in units of placement noise: as much again. A constant set by
-# hand: see "Coverage" in the benchmarks' section on calibration for what it covers, and where (AdamW) it is too small.
+# What another path adds to the error of a replayed shift, as a multiple of placement noise: constants set by hand, see
+# "Coverage" in the benchmarks' section on calibration for what they cover and where. Adam's second moments differ from
+# path to path, so its sensitivities differ more.
 PATH_NOISE = 1.0
+ADAM_PATH_NOISE = 2.0
 
 Shifts = Literal["kriged", "plain"]
 
@@ -58,8 +60,7 @@ def influence_table(
             takes a removed sample's place, "steps" otherwise.
         shifts: "kriged": batch signals of a shuffled run with a panel are completed by prediction, see
             `finfluence.influence.kriged`; "plain": the sums as recorded.
-        path_noise: see `finfluence.influence.subset_estimates`; None for `PATH_NOISE` in a replay and 0 for live
-            signals, which are not calibrated anyway.
+        path_noise: see `finfluence.influence.subset_estimates`; None for `usual_path_noise`.
 
     Raises:
         InputError: no signals, too little recorded for a noise estimate, or an unknown choice.
@@ -84,7 +85,6 @@ def influence_table(
         )
     else:
         totals = batch_totals(store, query, table)
-    replayed = _sensitivity(store, table) == "replay"
     return InfluenceTable(
         index,
         totals,
@@ -93,7 +93,7 @@ def influence_table(
         budget=budget or ("epochs" if sampler == "poisson" else "steps"),
         replacement="exact",
         reporting=Reporting(),
-        path_noise=(PATH_NOISE if replayed else 0.0) if path_noise is None else path_noise,
+        path_noise=usual_path_noise(store, table) if path_noise is None else path_noise,
         meta=(
             ("query", query),
             ("run", store.directory),
@@ -101,6 +101,14 @@ def influence_table(
             ("shifts", "plain" if completed is None else "kriged"),
         ),
     )
+
+
+def usual_path_noise(store: SignalStore, table: SignalTable) -> float:
+    """The multiple of placement noise counted for the path; 0 for live signals, which are not calibrated anyway."""
+    if _sensitivity(store, table) == "live":
+        return 0.0
+    optimizer = store.manifest.get("optimizer") or {}
+    return ADAM_PATH_NOISE if "adam" in str(optimizer.get("name", "")).lower() else PATH_NOISE
 
 
 def _sensitivity(store: SignalStore, table: SignalTable) -> str:

@@ -111,8 +111,8 @@ class Run:
                 signals were where no batch held it, and corrects the panel's noise; "plain" sums what was recorded.
                 Where a run has no panel, has full signals or another sampler than shuffling, both are the same.
             path_noise: what standard errors count for the path, which would be another in a rerun: a multiple of the
-                error from where batches held the samples. By default 1 for replayed signals; 0 makes them conditional
-                on this run's path.
+                error from where batches held the samples. By default 1 for replayed signals under SGD and 2 under
+                Adam; 0 makes them conditional on this run's path.
 
         Returns:
             Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value.
