@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,28 @@ def sensitivity(optimizer: torch.optim.Optimizer, net: nn.Module, measure: list[
                 root = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt()
                 found.append(-group["lr"] * (1 - beta1) / (1 - beta1 ** (t + 1)) * g / (root + group["eps"]))
     return found
+
+
+def measures(dtype: torch.dtype = torch.float64) -> dict[str, Callable[[nn.Module], torch.Tensor]]:
+    x, y = data(6, seed=4, dtype=dtype).tensors
+    return {
+        "first": lambda net: functional.cross_entropy(net(x), y),
+        "second": lambda net: net(x)[:, 0].square().mean(),
+    }
+
+
+def batches(epochs: int = 2, size: int = 6, *, dtype: torch.dtype = torch.float64) -> Iterator[Any]:
+    """(ids, x, y), shuffled anew every epoch, without touching the global random state."""
+    x, y = data(dtype=dtype).tensors
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(epochs):
+        order = torch.randperm(N, generator=generator)
+        for rows in order.split(size):
+            yield rows, x[rows], y[rows]
+
+
+class NoRecorder:
+    """Stands in for a recorder in the bare loop."""
+
+    def batch(self, ids: Any) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()

@@ -1,7 +1,6 @@
 """`Recorder`: a user's own loop stays as it is, bit for bit, and what goes wrong is said in one line."""
 
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,19 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from runs_problems import CLASSES, FEATURES, N, data, gradients, model, parameters, sample_loss
+from runs_problems import (
+    CLASSES,
+    FEATURES,
+    N,
+    NoRecorder,
+    batches,
+    data,
+    gradients,
+    measures,
+    model,
+    parameters,
+    sample_loss,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -19,33 +30,11 @@ from finfluence.errors import FinfluenceWarning, InputError, RecordingError, Sto
 criterion = functional.cross_entropy
 
 
-def measures(dtype: torch.dtype = torch.float64) -> dict[str, Callable[[nn.Module], torch.Tensor]]:
-    x, y = data(6, seed=4, dtype=dtype).tensors
-    return {"first": lambda net: criterion(net(x), y), "second": lambda net: net(x)[:, 0].square().mean()}
-
-
-def batches(epochs: int = 2, size: int = 6, *, dtype: torch.dtype = torch.float64) -> Iterator[Any]:
-    """(ids, x, y), shuffled anew every epoch, without touching the global random state."""
-    x, y = data(dtype=dtype).tensors
-    generator = torch.Generator().manual_seed(11)
-    for _ in range(epochs):
-        order = torch.randperm(N, generator=generator)
-        for rows in order.split(size):
-            yield rows, x[rows], y[rows]
-
-
 def optimizer_of(net: nn.Module, kind: str) -> torch.optim.Optimizer:
     if kind == "adamw":
         return torch.optim.AdamW(net.parameters(), lr=0.01)
     groups = [{"params": list(net.parameters())[:2], "lr": 0.05}, {"params": list(net.parameters())[2:]}]
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-
-class NoRecorder:
-    """Stands in for a recorder in the bare loop."""
-
-    def batch(self, ids: Any) -> warnings.catch_warnings:
-        return warnings.catch_warnings()
 
 
 def loop(
@@ -125,58 +114,6 @@ def test_signals_of_clipped_accumulated_sgd_equal_their_definition(tmp_path: Pat
     np.testing.assert_allclose(
         frame["first"].to_numpy(), [expected[row] * 0.1 / norm for row in frame["sample"]], rtol=2e-6
     )
-
-
-def scaled_loop(
-    net: nn.Module, optimizer: Any, recorder: Any, *, unscale: bool, to_none: bool, accumulate: int
-) -> list[bool]:
-    """Float32 training with loss scaling; the scale is raised so far at one step that the gradient overflows."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
-    taken = []
-    for number, (ids, x, y) in enumerate(batches(dtype=torch.float32)):
-        if number == 4:
-            scaler.update(2.0**126)
-        with recorder.batch(ids):
-            # scaled twice: the loss itself stays finite, its gradient overflows at the large scale
-            scaler.scale(criterion(net(x) * 50, y) * 50 / accumulate).backward()
-        if (number + 1) % accumulate:
-            continue
-        if unscale:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        before = parameters(net).clone()
-        scaler.step(optimizer)
-        scaler.update(2.0**10 if scaler.get_scale() > 2.0**40 else None)
-        optimizer.zero_grad(set_to_none=to_none)
-        taken.append(not torch.equal(before, parameters(net)))
-    return taken
-
-
-@pytest.mark.parametrize("unscale", [True, False])
-@pytest.mark.parametrize("to_none", [True, False])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_scaling_with_an_overflow(tmp_path: Path, unscale: bool, to_none: bool, accumulate: int) -> None:
-    nets = [model(3, dtype=torch.float32) for _ in range(2)]
-    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.5) for net in nets]
-    how: dict[str, Any] = {"unscale": unscale, "to_none": to_none, "accumulate": accumulate}
-    taken = scaled_loop(nets[0], optimizers[0], NoRecorder(), **how)
-    queries = measures(torch.float32)
-    with fi.Recorder(nets[1], optimizers[1], queries=queries, directory=tmp_path / "run") as recorder:
-        scaled_loop(nets[1], optimizers[1], recorder, **how)
-    assert torch.equal(parameters(nets[0]), parameters(nets[1]))
-    assert taken.count(False) == 1
-    run = fi.open_run(tmp_path / "run")
-    steps = run.steps()
-    assert steps["skipped"].to_list() == [not t for t in taken]
-    assert steps["nonfinite"].to_list() == [not t for t in taken]
-    assert run.manifest["skipped_steps"] == 1
-    kept = steps.filter(~pl.col("skipped"))
-    assert kept["residual"].max() < 1e-4  # pyright: ignore[reportOperatorIssue]
-    if not unscale:
-        np.testing.assert_allclose(kept["scale"].to_numpy(), 2.0**-10, rtol=1e-5)
-    skipped = steps.filter(pl.col("skipped"))["step"].item()
-    assert skipped not in run.signals().collect()["step"].to_list()
-    assert run.influence("first").height == N
 
 
 def start(directory: Path, net: nn.Module | None = None, **changes: Any) -> fi.Recorder:
