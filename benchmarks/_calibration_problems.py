@@ -198,11 +198,10 @@ SETTINGS = {
         Setting("relu-adamw", "ReLU MLP, AdamW lr 0.002", digits_data, relu_mlp, fi.AdamW(lr=0.002)),
         Setting(
             "cnn-momentum",
-            "CNN, SGD lr 0.003 to 0 momentum 0.9",
+            "CNN, SGD lr 0.0012 momentum 0.9",
             digits_data,
             cnn,
-            fi.SGD(lr=0.003, momentum=0.9),
-            options={"schedule": fi.Schedule("linear")},
+            fi.SGD(lr=0.0012, momentum=0.9),
         ),
         Setting("tanh-sgd-coherent", "tanh MLP, SGD lr 0.05, coherent subsets", _coherent, mlp, fi.SGD(lr=0.05)),
         Setting("tanh-sgd-fast", "tanh MLP, SGD lr 0.2", digits_data, mlp, fi.SGD(lr=0.2)),

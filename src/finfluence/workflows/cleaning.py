@@ -15,7 +15,7 @@ from finfluence.influence import Correction, attach, metadata
 from finfluence.runs.run import Run
 from finfluence.tradeoff import GaussianInfluence, error_budget
 from finfluence.workflows._cut_files import CONTENT, write_cut
-from finfluence.workflows.removal import LARGE_CUT, Effect, Selection, caveats, chance_text, large_cut_note
+from finfluence.workflows.removal import LARGE_CUT, SCALE_ERROR, Effect, Selection, caveats, chance_text, large_cut_note
 from finfluence.workflows.shrinkage import shrink
 
 _CORRECTIONS = {"bh": "Benjamini–Hochberg", "by": "Benjamini–Yekutieli"}
@@ -337,7 +337,7 @@ def _predict_groups(
     error = factor**2 * (float((shrunk.variance[place] * size[chosen] ** 2).sum()) + prior)
     own = factor**2 * float((se[chosen] ** 2).sum())
     common = max(naive_se**2 - own, 0.0) * (mean / naive) ** 2
-    return GaussianInfluence(mean, float(np.sqrt(error + common)))
+    return GaussianInfluence(mean, float(np.sqrt(error + common + (SCALE_ERROR * mean) ** 2)))
 
 
 __all__ = ["Cleaning", "Rule", "clean", "in_words"]
