@@ -24,7 +24,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import finfluence as fi
-from finfluence.errors import InputError, RecordingError, StoreError
+from finfluence.errors import FinfluenceWarning, InputError, RecordingError, StoreError
+from finfluence.influence import ShuffledEpochs
 
 OPTIMIZERS = {
     "sgd": fi.SGD(lr=0.2),
@@ -366,3 +367,23 @@ def test_losses_of_another_shape_are_named(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"optimizer": fi.SGD(lr=0.1), "epochs": 1, "batch_size": 8, "show_progress": "never"}
     with pytest.raises(InputError, match=r'one loss a sample, shape \(\d+,\), got \(\); use reduction="none"'):
         fi.train(Mean(), model(), data(), queries={"q": data(4)}, directory=tmp_path / "run", **arguments)
+
+
+def test_a_last_batch_of_one_is_warned_of(tmp_path: Path) -> None:
+    """Its step weighs its sample b times as much: most of σ² by the formula, and not linear."""
+    share = ShuffledEpochs(141, 20).remainder_share()
+    assert share == pytest.approx(400 / (400 + 140))
+    assert ShuffledEpochs(140, 20).remainder_share() == 0 == ShuffledEpochs(141, 20, drop_last=True).remainder_share()
+    few, options = TensorDataset(*(t[:17] for t in data().tensors)), {"epochs": 1, "show_progress": "never"}
+    with pytest.warns(FinfluenceWarning, match="last batch of every epoch has 1 of 8 samples"):
+        fi.train(
+            fi.ClassificationTask(),
+            model(1),
+            few,
+            queries=queries(),
+            optimizer=fi.SGD(lr=0.1),
+            batch_size=8,
+            directory=tmp_path / "warned",
+            sensitivity="replay",
+            **options,
+        )

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -14,8 +15,9 @@ import numpy as np
 import polars as pl
 from torch import Tensor, nn
 
-from finfluence.errors import FinfluenceError, InputError
+from finfluence.errors import FinfluenceError, FinfluenceWarning, InputError
 from finfluence.gradients import check_model
+from finfluence.influence import ShuffledEpochs
 from finfluence.runs._content import check_source, with_content
 from finfluence.runs._loop import RecordingLoop
 from finfluence.runs._manifest import SensitivityKind, SignalKind, describe_plan, describe_run, environment
@@ -56,6 +58,8 @@ _FIXED = (
     "auxiliary",
     "self_influence",
 )
+# Share of an epoch's noise that may fall to a smaller last batch before a warning says so.
+_REMAINDER_SHARE = 0.5
 
 
 def train(
@@ -160,6 +164,8 @@ def train(
     if signals == "full" and plan.sampler.kind != "shuffled":
         raise InputError(f'signals="full" is defined for the shuffled sampler, got {plan.sampler.kind!r}; use "batch"')
     n = dataset_size(dataset)
+    if sensitivity != "live":
+        _warn_of_remainder(plan, n)
     origin = check_source(source)
     table, content = with_content(sample_table(samples, ids=ids, n=n), dataset, source=origin)
     check_model(model)
@@ -296,6 +302,23 @@ def checkpoint_interval(total_steps: int, *, refresh: int, every: int | None) ->
     if every < 1 or every % refresh:
         raise InputError(f"checkpoint_every must be a positive multiple of refresh ({refresh}), got {every}")
     return every
+
+
+def _warn_of_remainder(plan: Plan, n: int) -> None:
+    """Says so where the smaller last batch of an epoch is most of the noise: its steps are far from linear."""
+    if plan.sampler.kind != "shuffled" or plan.sampler.drop_last or plan.batch_size >= n:
+        return
+    share = ShuffledEpochs(n, plan.batch_size).remainder_share()
+    if share > _REMAINDER_SHARE:
+        rest = n % plan.batch_size
+        warnings.warn(
+            f"the last batch of every epoch has {rest} of {plan.batch_size} samples, each of which weighs "
+            f"{plan.batch_size / rest:.3g} times as much as elsewhere: about {share:.0%} of the noise is that batch's, "
+            "and μ comes out too small; choose a batch size that divides the number of samples, or "
+            "Sampler(drop_last=True)",
+            FinfluenceWarning,
+            stacklevel=3,
+        )
 
 
 def _measure(engine: Engine, batch: Any, model: nn.Module) -> Tensor:
