@@ -28,11 +28,18 @@ REQUIREMENTS = {
     "cleanlab": "cleanlab==2.9.0 scikit-learn",
 }
 
+# the same for those that score language models, in `python -m benchmarks poison`
+TEXT_REQUIREMENTS = {
+    "bergson": "bergson==2.5.1",
+    "dattri-llm": "dattri-llm[transformers]==0.1.0 peft",
+}
+
 
 # Installs, and is not in these tables all the same.
 NOT_COMPARED = {
     "bergson 2.5.1": "its pipelines take Hugging Face language models and token data, and its gradient collector "
-    "asserts activations of shape [N, S, I], so these image classifiers cannot be given to it",
+    "asserts activations of shape [N, S, I], so these image classifiers cannot be given to it; it is in the table of "
+    "poisoned instruction rows (python -m benchmarks poison --peers)",
 }
 
 
@@ -102,9 +109,9 @@ def python_of(folder: Path | None, environment: str) -> Path | None:
     return None
 
 
-def missing(folder: Path | None) -> list[str]:
+def missing(folder: Path | None, required: Collection[str] = tuple(REQUIREMENTS)) -> list[str]:
     """Environments that are not there."""
-    return [name for name in REQUIREMENTS if python_of(folder, name) is None]
+    return [name for name in required if python_of(folder, name) is None]
 
 
 def write_problem(path: Path, training: Training, queries: tuple[np.ndarray, np.ndarray], **more: Any) -> None:
@@ -125,7 +132,7 @@ def write_problem(path: Path, training: Training, queries: tuple[np.ndarray, np.
     np.savez(path, **arrays)
 
 
-def run_peer(peer: Peer, problem: Path, *, folder: Path, timeout: float = 480) -> PeerScores | str:
+def run_peer(peer: Peer, problem: Path, *, folder: Path | None, timeout: float = 480) -> PeerScores | str:
     """Runs one adapter.
 
     Returns:

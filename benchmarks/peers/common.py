@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -132,15 +132,23 @@ def peak_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-def run_adapter(package: str, methods: dict[str, Callable[[Problem], Found]]) -> None:
-    """The adapter's command line: scores, processor seconds without imports, and the process's peak memory."""
+def run_adapter(
+    package: str, methods: Mapping[str, Callable[[Any], Found]], *, reader: Callable[[str], Any] = read
+) -> None:
+    """The adapter's command line: scores, processor seconds without imports, and the process's peak memory.
+
+    Args:
+        package: whose version is noted.
+        methods: by the name that the command line gives; each takes what `reader` makes of the problem's path.
+        reader: of the problem.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("problem")
     parser.add_argument("scores")
     parser.add_argument("method", choices=list(methods))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    problem = read(options.problem)
+    problem = reader(options.problem)
     torch.manual_seed(0)
     before = peak_mb()
     began = time.process_time()

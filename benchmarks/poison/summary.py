@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._records import Record
+from benchmarks.poison.peers import PEERS
 from finfluence.influence import detection
 from finfluence.influence.consistency import mean_over_pairs, pairwise_jaccard, top_sets, variation
 
@@ -15,6 +16,7 @@ SHARES = (0.01, 0.02, 0.05, 0.10, 0.20)
 Result = Mapping[str, Any]
 
 # Methods by where a result keeps them. What needs no training is the same for every seed.
+_ASKED = (("contrast", "contrast"), ("negative", "negative answers"))
 _SCORES = {
     f"{title}, {asked}": (stage, f"{method}/{query}")
     for title, stage, method in (
@@ -23,7 +25,7 @@ _SCORES = {
         ("TracIn", "checkpoint_scores", "tracin"),
         ("LESS cosine", "checkpoint_scores", "less"),
     )
-    for query, asked in (("contrast", "contrast"), ("negative", "negative answers"))
+    for query, asked in _ASKED
 } | {
     "gradient norm": ("checkpoint_scores", "gradient norm"),
     "loss": ("checkpoint_scores", "loss"),
@@ -52,6 +54,11 @@ def method_scores(results: Sequence[Result]) -> dict[str, np.ndarray]:
         if name in _EITHER_WAY:
             values = max(values, -values, key=lambda v: np.mean([_precision(run, planted) for run in v]))
         found[name] = values[:1] if name in _UNTRAINED else values
+    for peer in PEERS:
+        ran = [result["peers"][peer.name] for result in results if peer.name in result.get("peers", {})]
+        for query, asked in _ASKED:
+            if kept := [entry["scores"][query] for entry in ran if "scores" in entry]:
+                found[f"{peer.name}, {asked}"] = np.array(kept)
     # Random ranks, as many as there are seeds.
     found["random"] = np.random.default_rng(0).random((len(results), len(planted)))
     return found
