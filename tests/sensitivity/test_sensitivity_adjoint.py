@@ -5,6 +5,7 @@ Protects: one wrong factor here scales every score.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ RULES = [
     AdamW(weight_decay=0.2).rule,
 ]
 OPTIONS = [
-    AdjointOptions(damping=0.0),
-    AdjointOptions(damping=0.2),
+    AdjointOptions(damping=0.0, second_moment="constant"),
+    AdjointOptions(damping=0.2, second_moment="constant"),
+    AdjointOptions(damping=0.1),
     AdjointOptions(damping=0.0, second_moment="exact"),
     AdjointOptions(damping=0.1, second_moment="exact"),
 ]
@@ -70,7 +72,9 @@ def test_closed_form_equals_automatic_differentiation(rule, options, step):
     lambda_state = {key: _random(2, 10, seed=6 + index) for index, key in enumerate(state)}
     if options.second_moment == "constant":
         lambda_state.pop("exp_avg_sq", None)
-    arguments = {"lr": 0.07, "step": step, "options": options, "layout": LAYOUT}
+    arguments: dict[str, Any] = {"lr": 0.07, "step": step, "options": options, "layout": LAYOUT}
+    if options.second_moment == "settled" and hasattr(rule, "settled"):
+        arguments["settled"] = rule.settled({"exp_avg_sq": _random(10, seed=9).square()}, 40)
     fast = vjp(rule, theta, state, gradient, lambda_theta, lambda_state, **arguments)
     slow = generic_vjp(rule, theta, state, gradient, lambda_theta, lambda_state, **arguments)
     torch.testing.assert_close(fast.theta, slow.theta, rtol=1e-11, atol=1e-13)
@@ -141,8 +145,9 @@ def test_composed_steps_equal_brute_force(rule):
 
 
 def test_constant_second_moment_equals_brute_force_with_frozen_v():
-    """The same check for the default treatment: v (and the damping) taken as given numbers, κ = 0.2, two tensors."""
-    rule, options = AdamW(weight_decay=0.2, betas=(0.8, 0.95)).rule, AdjointOptions(damping=0.2)
+    """The same check with v (and the damping) taken as given numbers, κ = 0.2, two tensors."""
+    rule = AdamW(weight_decay=0.2, betas=(0.8, 0.95)).rule
+    options = AdjointOptions(damping=0.2, second_moment="constant")
     theta, state, gradient = _point(rule, 3)
     a, c1, c2 = _random(10, seed=8), 1 - 0.8**4, 1 - 0.95**4
     v_hat = (0.95 * state["exp_avg_sq"] + 0.05 * gradient**2) / c2
@@ -159,6 +164,21 @@ def test_constant_second_moment_equals_brute_force_with_frozen_v():
         unit[index] = 1e-3
         expected = (frozen(gradient + unit) - frozen(gradient - unit)) / 2e-3
         torch.testing.assert_close(back.q[index], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_settled_second_moment_bounds_what_few_batches_have_seen():
+    """A feature that no batch has had yet, v_hat = 0 now and 4 at the end, beside one whose moment has only fallen."""
+    rule = AdamW(betas=(0.8, 0.95), weight_decay=0.0).rule
+    ones, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    early = {"exp_avg": zeros, "exp_avg_sq": torch.tensor([0.0, 9.0 * (1 - 0.95**3)], dtype=torch.float64) / 0.95}
+    end = {"exp_avg": zeros, "exp_avg_sq": torch.tensor([4.0, 1.0], dtype=torch.float64) * (1 - 0.95**50)}
+    settled = rule.settled(end, 50)
+    torch.testing.assert_close(settled, torch.tensor([2.0, 1.0], dtype=torch.float64))
+    for known, expected in ((None, [0.0, 1 / 3]), (settled, [1 / 2, 1 / 3])):
+        options = AdjointOptions(damping=0.0)
+        back = vjp(rule, ones, early, zeros, ones, {}, lr=1.0, step=2, options=options, settled=known)
+        found = -back.q * (1 - 0.8**3) / (1 - 0.8)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
 def test_damping_bounds_the_sensitivity_of_a_nearly_dead_unit():

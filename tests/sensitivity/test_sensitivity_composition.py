@@ -147,15 +147,15 @@ def test_difference_products_reproduce_the_exact_recursion(method, tolerance):
         assert ((approximate - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < tolerance
 
 
-def test_default_options_are_the_derivative_with_v_frozen_and_damped():
-    """The linearisation that the default stands for, written out.
+def test_a_constant_second_moment_is_the_derivative_with_v_frozen_and_damped():
+    """The linearisation that `second_moment="constant"` stands for, written out.
 
     Perturbed runs in which every step's damped denominator stays at its recorded value, and whose deviation from the
     recorded run passes through those denominators.
     """
     beta, decay, damping = 0.8, 0.1, 0.2
     problem = _Problem(AdamW(lr=0.05, weight_decay=decay, betas=(beta, 0.95)))
-    options = AdjointOptions(damping=damping)
+    options = AdjointOptions(damping=damping, second_moment="constant")
     end, trajectory = problem.run()
     points = [theta for theta, *_ in trajectory] + [end]
 

@@ -18,7 +18,7 @@ from finfluence.runs.engine import Engine, seed_step
 from finfluence.runs.panel import NoisePanel, panel_signals
 from finfluence.runs.replay_plan import ReplayOptions
 from finfluence.runs.sampling import Batch
-from finfluence.sensitivity import AdjointMonitor, FlatUpdate, HessianMethod, States, clip_vjp
+from finfluence.sensitivity import AdjointMonitor, FlatUpdate, HessianMethod, Settled, States, clip_vjp
 
 
 class StepSignals(NamedTuple):
@@ -51,6 +51,7 @@ class SegmentWalker:
         panel: noise panel; None for none.
         monitor: watches the adjoint's norm; knows the queries' names.
         diverged: what was found before, by query.
+        settled: of the update at the end of the run; None for none.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class SegmentWalker:
         panel: NoisePanel | None,
         monitor: AdjointMonitor,
         diverged: dict[str, str],
+        settled: Settled | None,
     ) -> None:
         self.engine, self.update, self.options, self.panel, self.monitor = engine, update, options, panel, monitor
-        self.diverged = diverged
+        self.diverged, self.settled = diverged, settled
         self.hooks = HookedDerivatives(engine.model, engine.parameters)
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
         self.limit = tolerance(engine.parameters)
@@ -162,6 +164,7 @@ class SegmentWalker:
                 lr=self.engine.learning_rate(batch.step),
                 step=batch.step,
                 options=adjoint_options,
+                settled=self.settled,
             )
             q = clip_vjp(q, gradient if raw is None else raw, factor=factor, derivative=self.options.clip_derivative)
             self._set_parameters(theta)

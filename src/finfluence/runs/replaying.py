@@ -218,6 +218,9 @@ class _Replay:
         """Walks all segments that are not finished, last first."""
         self._restore(self.recording.cuts[-1])
         adjoint, state = self._gradients(), None
+        settled = None
+        if self.options.second_moment == "settled":
+            settled = self.update.settled(*self.update.read_state(self.engine.optimizer, self.engine.parameters))
         norms = query_norms(adjoint)
         self.store.begin(self.options.as_dict(), norms)
         entry = self.store.entry
@@ -238,6 +241,7 @@ class _Replay:
             panel=self.recording.panel,
             monitor=monitor,
             diverged=dict(entry["diverged"]),
+            settled=settled,
         )
         try:
             self._sweep(walker, self.engine.total_steps if end is None else end, adjoint, state=state, show=show)

@@ -2,7 +2,7 @@
 
 from finfluence.sensitivity.adjoint import AdjointMonitor, generic_vjp, vjp
 from finfluence.sensitivity.clipping import ClipDerivative, clip_factor, clip_vjp
-from finfluence.sensitivity.flat_update import FlatUpdate, RuleGroup, States
+from finfluence.sensitivity.flat_update import FlatUpdate, RuleGroup, Settled, States
 from finfluence.sensitivity.hvp import (
     EXACT_LIMIT,
     BatchHessian,
@@ -50,6 +50,7 @@ __all__ = [
     "RuleGroup",
     "SGDRule",
     "SecondMoment",
+    "Settled",
     "State",
     "States",
     "UpdateRule",

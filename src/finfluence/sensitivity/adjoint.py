@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def vjp(
     step: int,
     options: AdjointOptions = DEFAULT_OPTIONS,
     layout: Layout | None = None,
+    settled: Tensor | None = None,
 ) -> Pullback:
     """Pull derivatives back through one update: (lambda_theta, lambda_state, q) = vjp of U_t at (theta_t, s_t, grad_t).
 
@@ -42,19 +44,23 @@ def vjp(
         step: Number of updates made before this one.
         options: Damping and treatment of the second moment (Adam).
         layout: Where the tensors lie if `theta` is a flat vector; one tensor by default. Needed for the damping alone.
+        settled: sqrt(v_hat) of the end of the run, (*shape), from the rule's `settled`; None for a rule without one,
+            and where `options` do not ask for it.
 
     Returns:
         `Pullback(theta, state, q)`; the caller adds H_t q to `theta`.
     """
+    given: dict[str, Any] = {"lr": lr, "step": step, "options": options, "layout": layout} | _known(settled)
     closed_form = getattr(rule, "pullback", None)
     if closed_form is None:
-        return generic_vjp(
-            rule, theta, state, grad, lambda_theta, lambda_state, lr=lr, step=step, options=options, layout=layout
-        )
+        return generic_vjp(rule, theta, state, grad, lambda_theta, lambda_state, **given)
     with torch.no_grad():
-        return closed_form(
-            theta, state, grad, lambda_theta, lambda_state, lr=lr, step=step, options=options, layout=layout
-        )
+        return closed_form(theta, state, grad, lambda_theta, lambda_state, **given)
+
+
+def _known(settled: Tensor | None) -> dict[str, Tensor]:
+    """As a keyword argument, which rules that have nothing to settle need not take."""
+    return {} if settled is None else {"settled": settled}
 
 
 def generic_vjp(
@@ -69,6 +75,7 @@ def generic_vjp(
     step: int,
     options: AdjointOptions = DEFAULT_OPTIONS,
     layout: Layout | None = None,
+    settled: Tensor | None = None,
 ) -> Pullback:
     """The same as `vjp` by automatic differentiation of the rule's `surrogate`, or of its `update` if it has none.
 
@@ -80,7 +87,7 @@ def generic_vjp(
     def update(theta: Tensor, state: State, grad: Tensor) -> tuple[Tensor, State]:
         if surrogate is None:
             return rule.update(theta, state, grad, lr=lr, step=step)
-        return surrogate(theta, state, grad, lr=lr, step=step, options=options, layout=layout)
+        return surrogate(theta, state, grad, lr=lr, step=step, options=options, layout=layout, **_known(settled))
 
     (new_theta, new_state), pull, *_ = torch.func.vjp(update, theta.detach(), dict(state), grad.detach())
     lead = lambda_theta.shape[: lambda_theta.ndim - new_theta.ndim]

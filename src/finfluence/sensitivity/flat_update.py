@@ -14,6 +14,8 @@ from finfluence.sensitivity.torch_optimizers import ParameterRule, read_state
 from finfluence.sensitivity.update_rules import DEFAULT_OPTIONS, AdjointOptions, State, UpdateRule
 
 States = tuple[State, ...]
+# what each rule's backward rule is told of the end of the run
+Settled = tuple[Tensor | None, ...]
 Rates = float | Sequence[float]
 
 
@@ -111,6 +113,7 @@ class FlatUpdate:
         lr: Rates,
         step: int,
         options: AdjointOptions = DEFAULT_OPTIONS,
+        settled: Settled | None = None,
     ) -> tuple[Tensor, States, Tensor]:
         """Pull derivatives back through one update, as `adjoint.vjp`, for the whole vector.
 
@@ -123,11 +126,13 @@ class FlatUpdate:
             lr: The learning rate, or one a rate group.
             step: Number of updates made before this one.
             options: Damping and treatment of the second moment.
+            settled: From `settled`; None for none.
 
         Returns:
             dm/dtheta through the update alone (..., size), dm/dstate, and the sensitivity q (..., size).
         """
         lambda_state = ({},) * len(self.groups) if lambda_state is None else lambda_state
+        settled = (None,) * len(self.groups) if settled is None else settled
         if len(self.groups) == 1:
             group = self.groups[0]
             back = vjp(
@@ -141,6 +146,7 @@ class FlatUpdate:
                 step=step,
                 options=options,
                 layout=group.layout,
+                settled=settled[0],
             )
             return back.theta, (back.state,), back.q
         parts = [
@@ -155,14 +161,27 @@ class FlatUpdate:
                 step=step,
                 options=options,
                 layout=group.layout,
+                settled=own_settled,
             )
-            for group, own, own_lambda in zip(self.groups, state, lambda_state, strict=True)
+            for group, own, own_lambda, own_settled in zip(self.groups, state, lambda_state, settled, strict=True)
         ]
         return (
             torch.cat([part.theta for part in parts], dim=-1),
             tuple(part.state for part in parts),
             torch.cat([part.q for part in parts], dim=-1),
         )
+
+    def settled(self, state: States, step: int) -> Settled:
+        """What each rule group's backward rule wants to know of the end of the run.
+
+        Args:
+            state: After the run's last update.
+            step: Number of updates that the run made.
+        """
+        if not step:
+            return (None,) * len(self.groups)
+        rules = [getattr(group.rule, "settled", None) for group in self.groups]
+        return tuple(None if rule is None else rule(own, step) for rule, own in zip(rules, state, strict=True))
 
     def read_state(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> tuple[States, int]:
         """Copy a torch optimizer's state into this update's form.
