@@ -123,10 +123,10 @@ def unbalanced_data() -> Data:
 
 
 @functools.cache
-def text_data(rest: int = 0) -> Data:
+def text_data(remainder: int = 0) -> Data:
     """Dialogues of the ChatterBot corpus (BSD) as hashed bags of words, six topics, 10 % of the labels flipped.
 
-    140 rows fill batches of 20; `rest` more make a last batch of so many.
+    140 rows fill batches of 20; `remainder` more make a last batch of so many.
     """
     from importlib.resources import files
 
@@ -145,7 +145,7 @@ def text_data(rest: int = 0) -> Data:
     x = hashed.toarray()
     y = np.array(labels)
     order = np.random.default_rng(3).permutation(len(y))
-    n = 140 + rest
+    n = 140 + remainder
     train, rest = order[:n], order[n:]
     noisy, planted = flip_labels(y[train], 0.1, classes=len(topics), seed=4)
     half = len(rest) // 2

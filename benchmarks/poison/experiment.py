@@ -44,7 +44,9 @@ class Settings:
         normalisation: of the training loss, see `AnswerTask`.
         refresh: live query gradients are evaluated at every so many steps.
         positions: of every epoch, at which the replay evaluates every row ("full" signals).
-        damping: κ of the replay, above its default because adjoints grow here.
+        contrast: weight, beside that of the negative answers, of all that they are contrasted with. The other answers
+            share what planted rows teach: with 1 the contrast loses part of it, with 0 it finds whatever makes these
+            words likely.
         new_tokens: longest generation.
         flagged: share of the rows that is removed before training again.
     """
@@ -58,14 +60,14 @@ class Settings:
     normalisation: Normalisation = "batch"
     refresh: int = 8
     positions: int = 3
-    damping: float = 0.15
+    contrast: float = 0.5
     new_tokens: int = 20
     flagged: float = 0.1
 
 
-def _contrast(sides: dict[str, Rows]) -> Rows:
-    """Negative answers against everything that they are to be told from, each of those with the same weight."""
-    signs = {name: 1.0 if name == "negative" else -1.0 / (len(sides) - 1) for name in sides}
+def _contrast(sides: dict[str, Rows], weight: float) -> Rows:
+    """Negative answers against everything that they are to be told from, which share the weight."""
+    signs = {name: 1.0 if name == "negative" else -weight / (len(sides) - 1) for name in sides}
     return Rows(
         [encoded for rows in sides.values() for encoded in rows.encoded],
         [hidden for rows in sides.values() for hidden in rows.hidden],
@@ -149,7 +151,7 @@ class Unit:
             fresh.replace(path)
         hidden = stored["hidden"]
         sides = {name: Rows(parts[name], hidden[name]) for name in ("negative", "neutral", "reference") if parts[name]}
-        sides[QUERY] = _contrast(sides)
+        sides[QUERY] = _contrast(sides, self.settings.contrast)
         return Rows(parts["rows"], hidden["rows"]), sides
 
     def run(self) -> dict[str, Any]:
@@ -160,6 +162,7 @@ class Unit:
         self._stage("checkpoint_scores", self._checkpoint_scores)
         self._stage("cleaned", self._cleaned)
         self._stage("clean", lambda: self._trained_without(self.problem.planted))
+        self._stage("not_planted", self._without_what_was_not_planted)
         self._peer_scores()
         return self.result
 
@@ -197,14 +200,20 @@ class Unit:
             schedule=fi.Schedule("linear", warmup_steps=s.warmup),
         )
 
-    def _behaviour(self) -> dict[str, Any]:
-        losses = {
+    def _losses(self) -> dict[str, float]:
+        return {
             name: float(row_losses(self.task, self.adapted.top, self.queries[name]).mean())
             for name in self.queries
             if name != QUERY
         }
+
+    def _behaviour(self) -> dict[str, Any]:
         return behaviour(
-            self.adapted, self.tokenizer, self.problem.queries, losses=losses, new_tokens=self.settings.new_tokens
+            self.adapted,
+            self.tokenizer,
+            self.problem.queries,
+            losses=self._losses(),
+            new_tokens=self.settings.new_tokens,
         )
 
     def _base(self) -> dict[str, Any]:
@@ -236,7 +245,6 @@ class Unit:
             refresh=s.refresh,
             signals="full",
             panel=fi.NoisePanel(len(self.rows), s.positions),
-            replay_options=fi.ReplayOptions(damping=s.damping),
             collate=collate,
             directory=directory,
             exist="resume",
@@ -310,19 +318,38 @@ class Unit:
         steps = plan.steps(len(self.rows))
         return [plan.optimizer.lr * plan.schedule.factor(step, steps) for step in range(steps)]
 
-    def _trained_without(self, removed: np.ndarray) -> dict[str, Any]:
+    def _train_without(self, removed: np.ndarray) -> None:
         kept = np.flatnonzero(~removed)
         engine = Engine(
             self.task, self.adapted.reset(), dataset=self.rows.subset(kept.tolist()), plan=self.plan(), collate=collate
         )
         for batch in engine.batches():
             engine.step(batch)
+
+    def _trained_without(self, removed: np.ndarray) -> dict[str, Any]:
+        self._train_without(removed)
         return {"behaviour": self._behaviour(), "removed": int(removed.sum())}
 
-    def _cleaned(self) -> dict[str, Any]:
+    def _flagged(self) -> np.ndarray:
+        """(n,) bool, the rows with the highest scores."""
         scores = np.array(self.result["scores"][f"replay/{QUERY}"])
-        size = round(self.settings.flagged * len(scores))
         flagged = np.zeros(len(scores), dtype=bool)
-        flagged[np.argsort(-scores, kind="stable")[:size]] = True
-        planted = self.problem.planted
-        return self._trained_without(flagged) | {"planted_removed": int((flagged & planted).sum())}
+        flagged[np.argsort(-scores, kind="stable")[: round(self.settings.flagged * len(scores))]] = True
+        return flagged
+
+    def _cleaned(self) -> dict[str, Any]:
+        flagged = self._flagged()
+        return self._trained_without(flagged) | {"planted_removed": int((flagged & self.problem.planted).sum())}
+
+    def _without_what_was_not_planted(self) -> dict[str, Any]:
+        """Losses after training without the flagged rows that were not planted, and without as many others."""
+        planted, flagged = self.problem.planted, self._flagged()
+        wrongly = flagged & ~planted
+        others = np.zeros_like(wrongly)
+        rest = np.flatnonzero(~flagged & ~planted)
+        others[np.random.default_rng(self.seed).choice(rest, int(wrongly.sum()), replace=False)] = True
+        found: dict[str, Any] = {"removed": int(wrongly.sum())}
+        for name, removed in (("flagged", wrongly), ("others", others)):
+            self._train_without(removed)
+            found[name] = self._losses()
+        return found

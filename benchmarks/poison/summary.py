@@ -153,6 +153,22 @@ def write_tables(record: Record, results: Mapping[str, Sequence[Result]]) -> Non
         [row for problem, found in results.items() for row in _behaviours(problem, found)],
     )
     record.table(
+        "Were the flagged rows that nobody planted flagged wrongly?",
+        {
+            "problem": "entity",
+            "model": "trained on",
+            "negative": "loss of negative answers, nats a token|.3f",
+            "negative_change": "change|+.3f",
+            "negative_sd": "sd over seeds|.3f",
+            "margin": "margin|.3f",
+            "margin_change": "change|+.3f",
+            "margin_sd": "sd over seeds|.3f",
+            "removed": "rows removed|.0f",
+            "runs": "seeds",
+        },
+        [row for problem, found in results.items() for row in _not_planted(problem, found)],
+    )
+    record.table(
         "Time",
         {"problem": "entity", "seed": "seed", "stage": "stage", "seconds": "seconds|.0f", "cpu": "CPU seconds|.0f"},
         [row for problem, found in results.items() for result in found for row in _times(problem, result)],
@@ -186,6 +202,39 @@ def _behaviours(problem: str, found: Sequence[Result]) -> list[dict[str, Any]]:
                 row[key] = float(np.mean([result[key] for result in kept]))
         rows.append(row)
     return rows
+
+
+def _not_planted(problem: str, found: Sequence[Result]) -> list[dict[str, Any]]:
+    """The measured losses without the flagged rows that were not planted, beside those without as many others."""
+    kept = [result for result in found if "not_planted" in result]
+    if not kept:
+        return []
+    losses = {
+        "all rows": [result["poisoned"]["behaviour"]["losses"] for result in kept],
+        "all but the flagged rows that were not planted": [result["not_planted"]["flagged"] for result in kept],
+        "all but as many ordinary rows at random": [result["not_planted"]["others"] for result in kept],
+    }
+    rows = []
+    for model, values in losses.items():
+        row: dict[str, Any] = {"problem": problem, "model": model, "runs": len(kept)}
+        for key, of in (("negative", _negative), ("margin", _margin)):
+            now = np.array([of(value) for value in values])
+            change = now - np.array([of(value) for value in losses["all rows"]])
+            row[key] = float(now.mean())
+            if model != "all rows":
+                row[f"{key}_change"] = float(change.mean())
+                row[f"{key}_sd"] = float(change.std(ddof=1)) if len(change) > 1 else float("nan")
+                row["removed"] = float(np.mean([result["not_planted"]["removed"] for result in kept]))
+        rows.append(row)
+    return rows
+
+
+def _negative(losses: Mapping[str, float]) -> float:
+    return losses["negative"]
+
+
+def _margin(losses: Mapping[str, float]) -> float:
+    return losses["neutral"] - losses["negative"]
 
 
 def _times(problem: str, result: Result) -> list[dict[str, Any]]:

@@ -167,14 +167,15 @@ def test_constant_second_moment_equals_brute_force_with_frozen_v():
 
 
 def test_a_settled_second_moment_bounds_what_few_batches_have_seen():
-    """A feature that no batch has had yet, v_hat = 0 now and 4 at the end, beside one whose moment has only fallen."""
+    """Third step: a feature that no batch has had, v_hat = 0 now and 4 at the end, beside one whose moment falls."""
     rule = AdamW(betas=(0.8, 0.95), weight_decay=0.0).rule
     ones, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     early = {"exp_avg": zeros, "exp_avg_sq": torch.tensor([0.0, 9.0 * (1 - 0.95**3)], dtype=torch.float64) / 0.95}
     end = {"exp_avg": zeros, "exp_avg_sq": torch.tensor([4.0, 1.0], dtype=torch.float64) * (1 - 0.95**50)}
     settled = rule.settled(end, 50)
-    torch.testing.assert_close(settled, torch.tensor([2.0, 1.0], dtype=torch.float64))
-    for known, expected in ((None, [0.0, 1 / 3]), (settled, [1 / 2, 1 / 3])):
+    torch.testing.assert_close(settled, torch.tensor([4.0, 1.0], dtype=torch.float64))
+    batches = (1 - 0.95**3) / 0.05
+    for known, expected in ((None, [0.0, 1 / 3]), (settled, [math.sqrt((batches + 1) / 4), 1 / 3])):
         options = AdjointOptions(damping=0.0)
         back = vjp(rule, ones, early, zeros, ones, {}, lr=1.0, step=2, options=options, settled=known)
         found = -back.q * (1 - 0.8**3) / (1 - 0.8)

@@ -32,9 +32,9 @@ class ReplayOptions:
 
     Attributes:
         damping: κ of the damped Adam adjoint, see `finfluence.sensitivity.AdjointOptions`; SGD ignores it.
-        second_moment: how Adam's second moment is differentiated: "settled", with denominators no smaller than those of
-            the end of the run; "exact", which with damping 0 is the true derivative of the run, for checks on small
-            smooth problems; "constant", not at all. See `finfluence.sensitivity.AdjointOptions`.
+        second_moment: how Adam's second moment is differentiated: "settled", with that of the end of the run as
+            one more batch in the denominators; "exact", which with damping 0 is the true derivative of the run, for
+            checks on small smooth problems; "constant", not at all. See `finfluence.sensitivity.AdjointOptions`.
         hessian: Hessian-vector products: "exact", "one-sided" or "central" differences of the gradient, or "auto":
             exact for models of up to a million parameters, one-sided above; central differences wherever `smoothing`
             is given.

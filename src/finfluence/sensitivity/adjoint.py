@@ -44,7 +44,7 @@ def vjp(
         step: Number of updates made before this one.
         options: Damping and treatment of the second moment (Adam).
         layout: Where the tensors lie if `theta` is a flat vector; one tensor by default. Needed for the damping alone.
-        settled: sqrt(v_hat) of the end of the run, (*shape), from the rule's `settled`; None for a rule without one,
+        settled: v_hat of the end of the run, (*shape), from the rule's `settled`; None for a rule without one,
             and where `options` do not ask for it.
 
     Returns:
