@@ -139,6 +139,6 @@ def test_the_health_of_a_run_is_read_from_its_tables(tmp_path: Path) -> None:
 
     both = record("both", sensitivity="both")
     assert {check.verdict for check in both.values()} == {"safe"}
-    assert set(both) >= {"status", "recorded residual", "finite signals", "replay mismatch", "adjoint"}
+    assert set(both) >= {"status", "recorded residual", "finite signals", "last batch", "replay mismatch", "adjoint"}
     live = record("live", sensitivity="live")
     assert live["calibration"].verdict == "caution"

@@ -59,7 +59,7 @@ _FIXED = (
     "self_influence",
 )
 # Share of an epoch's noise that may fall to a smaller last batch before a warning says so.
-_REMAINDER_SHARE = 0.5
+REMAINDER_SHARE = 0.5
 
 
 def train(
@@ -309,7 +309,7 @@ def _warn_of_remainder(plan: Plan, n: int) -> None:
     if plan.sampler.kind != "shuffled" or plan.sampler.drop_last or plan.batch_size >= n:
         return
     share = ShuffledEpochs(n, plan.batch_size).remainder_share()
-    if share > _REMAINDER_SHARE:
+    if share > REMAINDER_SHARE:
         rest = n % plan.batch_size
         warnings.warn(
             f"the last batch of every epoch has {rest} of {plan.batch_size} samples, each of which weighs "

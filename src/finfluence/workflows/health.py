@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import polars as pl
 
 from finfluence.errors import InputError
+from finfluence.runs.estimates import shuffled_epochs
 from finfluence.runs.run import Run
+from finfluence.runs.training import REMAINDER_SHARE
 from finfluence.workflows.doctor import Check
 
 _LIMIT, _LOW_PRECISION_LIMIT = 1e-3, 2e-2
@@ -52,6 +54,17 @@ def recorded_health(run: Run) -> Iterator[Check]:
         if bad.is_empty()
         else "lower the learning rate, clip the gradient, or record in bfloat16 instead of float16",
     )
+    if manifest.get("sampler") == "shuffled":
+        share = shuffled_epochs(run.store, run.samples().height).remainder_share()
+        yield Check(
+            "last batch",
+            "caution" if share > REMAINDER_SHARE else "safe",
+            f"about {share:.0%} of an epoch's noise",
+            "its few samples weigh many times as much, in a step that is far from linear: choose a batch size that "
+            "divides the number of samples"
+            if share > REMAINDER_SHARE
+            else "",
+        )
     yield from _replay(run)
 
 
