@@ -218,6 +218,8 @@ SETTINGS = {
             fi.SGD(lr=0.03),
             replay=SMOOTHED,
         ),
+        Setting("relu-adamw-slow", "ReLU MLP, AdamW lr 0.001", digits_data, relu_mlp, fi.AdamW(lr=0.001)),
+        Setting("tanh-adamw", "tanh MLP, AdamW lr 0.002", digits_data, mlp, fi.AdamW(lr=0.002)),
         Setting("text", "topics of questions, tanh MLP, AdamW lr 0.002", text_data, text_mlp, fi.AdamW(lr=0.002)),
         Setting(
             "text-remainder",

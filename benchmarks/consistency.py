@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import finfluence as fi
-from benchmarks._data import Problem, clean_problem, sources, with_noise
+from benchmarks._data import NOISES, Problem, clean_problem, sources, with_noise
 from benchmarks._methods import QUERY, Scores, Training, baselines, harmful, own_scores, record, standing_out, train
 from benchmarks._peers import PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
@@ -150,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--peer-problems", nargs="*", default=["digits, MLP"], help="where peers run too, under shuffling"
     )
     options_parser.add_argument("--problems", nargs="*", default=None, help='for example "digits, MLP"')
+    options_parser.add_argument("--noise", choices=NOISES, default="uniform", help="kind of the 10 %% of bad rows")
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs = 3 if options.quick else options.runs
@@ -158,7 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
     failures: dict[str, str] = {}
     for name, pair in data.items():
         for model in ("mlp",) if options.quick else ("mlp", "cnn"):
-            problem = with_noise(clean_problem(name, pair, model=model, quick=options.quick), "uniform", 0.1, seed=0)
+            problem = with_noise(
+                clean_problem(name, pair, model=model, quick=options.quick), options.noise, 0.1, seed=0
+            )
             if options.problems and problem.name not in options.problems:
                 continue
             averaged = name in ("digits", "mnist") and model == "mlp" and not options.quick
@@ -185,7 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
                     shown = {"use": use, "method": f"{method}, 5 runs averaged"}
                     rows.append(shared | shown | row(scores, problem.planted))
             n = len(problem.planted)
-            title = f"{problem.name}: {n} samples, {problem.epochs} epochs, {int(problem.planted.sum())} wrong labels"
+            bad = "wrong labels" if options.noise == "uniform" else f"{options.noise} bad rows"
+            named = problem.name if options.noise == "uniform" else f"{problem.name}, {options.noise}"
+            title = f"{named}: {n} samples, {problem.epochs} epochs, {int(problem.planted.sum())} {bad}"
             record_.table(title, COLUMNS, rows)
     for peer, reason in failures.items():
         record_.note(f"{peer}: {reason}.")
