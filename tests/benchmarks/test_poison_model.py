@@ -6,28 +6,18 @@ import torch
 from benchmarks.poison.baselines import Checkpoint, CheckpointScores, row_losses
 from benchmarks.poison.model import AdaptedModel, Adapters
 from benchmarks.poison.summary import recall
-from benchmarks.poison.task import AnswerTask, Encoded, Rows, collate
+from benchmarks.poison.task import AnswerTask, Rows, collate
+from poison_tiny import rows_of, tiny_model, transformers
 from torch.nn import functional
 
 from finfluence.errors import InputError
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def adapted():
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    made = AdaptedModel.of(transformers.LlamaForCausalLM(config), Adapters(layers=2, rank=2), seed=0)
+    made = tiny_model()
     with torch.no_grad():  # LoRA's B starts at zero, which would hide A
         for parameter in made.trainable().values():
             parameter.normal_(std=0.1)
@@ -36,9 +26,7 @@ def adapted():
 
 @pytest.fixture(scope="module")
 def rows(adapted):
-    rng = np.random.default_rng(0)
-    encoded = [Encoded(rng.integers(3, 60, size=n).tolist(), a) for n, a in ((9, 3), (6, 2), (12, 5))]
-    return Rows(encoded, adapted.trunk([e.tokens for e in encoded]))
+    return rows_of(adapted, (9, 3), (6, 2), (12, 5))
 
 
 def whole_losses(adapted, rows):

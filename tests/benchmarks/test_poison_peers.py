@@ -9,7 +9,6 @@ import torch
 from benchmarks._peers import TEXT_REQUIREMENTS, missing
 from benchmarks.peers.text import read_text_problem
 from benchmarks.poison.baselines import Checkpoint, row_losses
-from benchmarks.poison.model import AdaptedModel, Adapters
 from benchmarks.poison.peers import (
     PEERS,
     Positions,
@@ -22,12 +21,11 @@ from benchmarks.poison.peers import (
 )
 from benchmarks.poison.summary import method_scores
 from benchmarks.poison.task import AnswerTask, Encoded, Rows, collate
+from poison_tiny import peft, rows_of, tiny_model, transformers
 from torch.nn import functional
 
 from finfluence.errors import InputError
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -40,22 +38,7 @@ class Tokenizer:
 
 @pytest.fixture(scope="module")
 def adapted():
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    return AdaptedModel.of(transformers.LlamaForCausalLM(config), Adapters(layers=2, rank=2), seed=0)
-
-
-def rows_of(adapted, *lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    encoded = [Encoded(rng.integers(3, 60, size=n).tolist(), a) for n, a in lengths]
-    return Rows(encoded, adapted.trunk([e.tokens for e in encoded]))
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
