@@ -154,14 +154,14 @@ def test_signals_equal_a_loop_over_samples(tmp_path: Path, case: str) -> None:
 
 
 def test_queries_of_text_contrasts_and_functions(tmp_path: Path) -> None:
-    # loss(first) − loss(second) of completions, each the mean over its own tokens, then over rows
+    # loss(first) − loss(second)/2 of completions, each the mean over its own tokens, then over rows
     model = llama(dtype=torch.float64)
     first = [{"prompt": "w1 w2", "completion": "w3 w4 w5"}, {"prompt": "w6", "completion": "w7"}]
     second = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w9"}]}]
     queries = {
         "first": first,
         "second": second,
-        "contrast": Contrast(first, second),
+        "contrast": Contrast(first, second, weight=0.5),
         "norm": lambda net: net.lm_head.weight.square().sum(),
     }
     callback = InfluenceCallback(queries, tmp_path / "run", query_batch_size=1)
@@ -170,4 +170,4 @@ def test_queries_of_text_contrasts_and_functions(tmp_path: Path) -> None:
     frame = fi.open_run(tmp_path / "run").signals().collect()
     assert frame.columns[2:] == list(queries)
     assert (frame["norm"] != 0).all()
-    np.testing.assert_allclose(frame["contrast"], frame["first"] - frame["second"], rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(frame["contrast"], frame["first"] - frame["second"] / 2, rtol=1e-4, atol=1e-8)

@@ -34,6 +34,7 @@ QUERIES: dict[str, Any] = {
     "first": FIRST,
     "second": SECOND,
     "contrast": Contrast(FIRST, SECOND.tensors),
+    "half": Contrast(FIRST, SECOND, weight=0.5),
     "function": first_loss,
 }
 
@@ -45,6 +46,7 @@ def test_signals_of_a_contrast_are_the_difference_of_its_sides(tmp_path: Path, s
     first, second = signals["first"].to_numpy(), signals["second"].to_numpy()
     scale = np.abs(first).max()
     np.testing.assert_allclose(signals["contrast"].to_numpy(), first - second, atol=1e-6 * scale)
+    np.testing.assert_allclose(signals["half"].to_numpy(), first - second / 2, atol=1e-6 * scale)
     np.testing.assert_allclose(signals["function"].to_numpy(), first, atol=1e-6 * scale)
     assert np.abs(first - second).max() > 0.1 * scale
 
@@ -69,6 +71,7 @@ def test_retraining_measures_what_is_recorded(tmp_path: Path, executor: Any) -> 
     for arm in (0, 1):
         value = {name: np.asarray(pair[arm]) for name, pair in losses.items()}
         np.testing.assert_allclose(value["contrast"], value["first"] - value["second"], atol=1e-6)
+        np.testing.assert_allclose(value["half"], value["first"] - value["second"] / 2, atol=1e-6)
         np.testing.assert_allclose(value["function"], value["first"], atol=1e-6)
 
 
@@ -76,6 +79,9 @@ def test_a_contrast_needs_an_answer_of_each_kind_for_every_prompt() -> None:
     with pytest.raises(InputError, match="sides have 6 and 5 samples"):
         query_batch(Contrast(FIRST, problems.data(5, seed=5)))
     assert batch_length(query_batch(QUERIES["contrast"])) == 12
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="weight of a contrast"):
+            Contrast(FIRST, SECOND, weight=weight)
 
 
 def test_what_is_no_query_is_refused() -> None:
@@ -94,6 +100,7 @@ def test_fingerprints_tell_contrasts_and_functions_apart() -> None:
     again = query_batch(Contrast(problems.data(6, seed=4), problems.data(6, seed=5)))
     swapped = Contrast(contrast.second, contrast.first)
     assert fingerprint.of_batch(contrast) == fingerprint.of_batch(again) != fingerprint.of_batch(swapped)
+    assert fingerprint.of_batch(contrast) != fingerprint.of_batch(query_batch(QUERIES["half"]))
 
 
 class _WithoutHead(nn.Module):

@@ -38,6 +38,11 @@ def smallest(**changes: Any) -> dict[str, Any]:
         ({"data": {"path": "a", "dataset": "b"}}, "'data': give one of path"),
         ({"queries": {}}, "'queries': give at least one query"),
         ({"queries": {"q": {}}}, "'queries.q': give one of completions, contrast and function, got none"),
+        (
+            {"queries": {"q": {"completions": "a.jsonl", "contrast_weight": 0.5}}},
+            "'queries.q': contrast_weight belongs to a contrast",
+        ),
+        ({"queries": {"q": {"contrast": "a.jsonl", "contrast_weight": 0}}}, "'queries.q.contrast_weight' is 0"),
         ({"sensitivity": {"panel": {"positions": 1}}}, "'sensitivity.panel.positions' is 1"),
     ],
 )

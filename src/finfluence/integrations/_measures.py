@@ -136,7 +136,7 @@ def measure_of(query: Any, name: str, context: QueryContext) -> Measure:
     """
     if isinstance(query, Contrast):
         terms = _terms(query.first, f"{name} (first)", context)
-        return Sum(terms + [_negative(t) for t in _terms(query.second, f"{name} (second)", context)])
+        return Sum(terms + [_scaled(t, -query.weight) for t in _terms(query.second, f"{name} (second)", context)])
     return query if is_function_query(query) else Sum(_terms(query, name, context))
 
 
@@ -160,9 +160,9 @@ def loss_of(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.ndim == 0 else None
 
 
-def _negative(term: Measure) -> Measure:
+def _scaled(term: Measure, factor: float) -> Measure:
     assert isinstance(term, (CompletionTerm, BatchTerm))
-    return type(term)(term.batch, -term.weight)
+    return type(term)(term.batch, factor * term.weight)
 
 
 def _terms(query: Any, name: str, context: QueryContext) -> list[Measure]:

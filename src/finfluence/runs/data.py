@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def to_device(batch: Any, device: Any) -> Any:
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, Contrast):
-        return Contrast(to_device(batch.first, device), to_device(batch.second, device))
+        return replace(batch, first=to_device(batch.first, device), second=to_device(batch.second, device))
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(v, device) for v in batch)
     return batch
@@ -83,7 +84,7 @@ def query_batch(query: Any, *, collate: Collate | None = None, device: Any = Non
                 f"a contrast compares two answers to the same prompts, but its sides have {sizes[0]} and {sizes[1]} "
                 "samples; give both for every prompt"
             )
-        return Contrast(first, second)
+        return replace(query, first=first, second=second)
     if is_function_query(query):
         return query
     if isinstance(query, Dataset):

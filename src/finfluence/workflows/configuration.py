@@ -121,11 +121,13 @@ class QuerySection(Section):
     Attributes:
         completions: mean loss of completions; rows with prompt (or messages) and completion, or a file of them.
         contrast: loss of `completion` minus loss of `against`, for the same prompts; rows with both, or a file.
+        contrast_weight: of the loss of `against`; 1 by default, 0.5 often finds more.
         function: "module:function" that is called with the model and the tokenizer and returns a scalar tensor.
     """
 
     completions: str | list[dict[str, Any]] | None = None
     contrast: str | list[dict[str, Any]] | None = None
+    contrast_weight: Annotated[float, Field(gt=0)] = 1.0
     function: str | None = None
 
     @model_validator(mode="after")
@@ -133,6 +135,8 @@ class QuerySection(Section):
         given = [name for name in ("completions", "contrast", "function") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of completions, contrast and function, got {' and '.join(given) or 'none'}")
+        if self.contrast is None and self.contrast_weight != 1.0:
+            raise ValueError("contrast_weight belongs to a contrast; leave it out")
         return self
 
     @property

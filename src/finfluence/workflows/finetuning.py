@@ -305,9 +305,10 @@ def _queries(
             system=configuration.data.system,
         )
         first = pad_batch(make(completion="completion"), pad)
-        found[name] = (
-            first if query.kind == "completions" else Contrast(first, pad_batch(make(completion="against"), pad))
-        )
+        if query.kind == "contrast":
+            found[name] = Contrast(first, pad_batch(make(completion="against"), pad), query.contrast_weight)
+        else:
+            found[name] = first
     return found
 
 

@@ -21,7 +21,8 @@ _BYTES = 64 << 20  # of a sample or a tensor; more is hashed in evenly spaced pi
 def of_batch(batch: Any) -> str:
     """Hash of a nested batch's values; of a function its name, which is all that lasts from one session to the next."""
     if isinstance(batch, Contrast):
-        return of_batch({"first": of_batch(batch.first), "second": of_batch(batch.second)})
+        sides = {"first": of_batch(batch.first), "second": of_batch(batch.second)}
+        return of_batch(sides if batch.weight == 1 else sides | {"weight": batch.weight})
     if is_function_query(batch):
         return of_batch(_function_name(batch))
     digest = hashlib.sha256()
