@@ -95,8 +95,8 @@ class UpdateRule(Protocol):
 
     Optional methods make a rule faster or safer, and are used where they exist: `pullback` (closed-form vjp, the
     signature of `SGDRule.pullback`), `surrogate` (the function to differentiate in place of `update`, the signature of
-    `AdamRule.surrogate`) and `live` (the signature of `AdamRule.live`). A rule must be elementwise to be used on
-    flattened parameters.
+    `AdamRule.surrogate`), `settled` (what these two are to know of the run's end, the signature of `AdamRule.settled`)
+    and `live` (the signature of `AdamRule.live`). A rule must be elementwise to be used on flattened parameters.
     """
 
     def init(self, theta: Tensor) -> State:
