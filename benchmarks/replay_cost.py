@@ -37,6 +37,7 @@ from finfluence.workflows.digits import digits
 CASES = {
     "digits": "MLP 64-32-10, batch 20, 500 steps",
     "large": "MLP 784-1024-1024-10, batch 256, 36 steps",
+    "large-adamw": "MLP 784-1024-1024-10, batch 256, 36 steps, AdamW",
 }
 
 
@@ -57,7 +58,8 @@ class Problem:
             )
             inputs, targets = (t[:200] for t in self.data.tensors)
             self.make = _large
-            self.settings = {"optimizer": fi.SGD(lr=0.05), "epochs": 3, "batch_size": 256}
+            optimizer = fi.SGD(lr=0.05) if case == "large" else fi.AdamW(lr=3e-5)
+            self.settings = {"optimizer": optimizer, "epochs": 3, "batch_size": 256}
         if queries == 1:
             self.queries: dict[str, Any] = {"validation": (inputs, targets)}
         else:
@@ -173,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("digits", 40, "exact"),
         ("large", 1, "one-sided"),
         ("large", 1, "exact"),
+        ("large-adamw", 1, "one-sided"),
     ]
     panels = (NoisePanel(), NoisePanel(0))
     if options.quick:
@@ -200,19 +203,19 @@ def main(arguments: list[str] | None = None) -> None:
         },
         rows,
     )
-    if "large" in options.cases:
-        training = memory("large", "training")
+    for case in [case for case in options.cases if case.startswith("large")]:
+        training = memory(case, "training")
         whole = training["base"] + training["growth"]
         rows = [
             {"what": name, **found, "ratio": (found["base"] + found["growth"]) / whole}
             for name, found in (
                 ("training alone", training),
-                ("recorded and replayed", memory("large", "replay")),
-                ("recorded and replayed, segments in a file", memory("large", "replay", 0)),
+                ("recorded and replayed", memory(case, "replay")),
+                ("recorded and replayed, segments in a file", memory(case, "replay", 0)),
             )
         ]
         record.table(
-            "Memory of the large MLP",
+            f"Memory: {CASES[case]}",
             {
                 "what": "what",
                 "base": "process before, MB|.0f",
