@@ -20,8 +20,10 @@ from finfluence.sensitivity import (
     SecondMoment,
 )
 
-# Share of the free memory that a segment's states may take before they go to a file.
+# What a segment's states may take before they go to a file, as a share of the free memory and, on a CPU, of what the
+# process has anyway: a replay is to stay within one and a half times the memory of the training.
 _MEMORY_SHARE = 0.25
+_PROCESS_SHARE = 0.1
 # Batch gradients that one Hessian-vector product costs; several exact products of a small model share their overhead.
 _PRODUCT_COST = {"exact": 1.5, "one-sided": 1.0, "central": 2.0}
 
@@ -48,8 +50,8 @@ class ReplayOptions:
         divergence: growth of a query's adjoint, relative to the gradient it started from, above which the query gets no
             scores; see `finfluence.sensitivity.AdjointMonitor`. `float("inf")` accepts any finite one.
         caution: growth above which a `FinfluenceWarning` is given.
-        memory_bytes: what the states of one segment may take in memory before they go to a file; None for a
-            quarter of what is free.
+        memory_bytes: what the states of one segment may take in memory before they go to a file; None for a tenth of
+            what the process takes, or a quarter of what is free where that is less or on a GPU.
 
     Raises:
         InputError: a value that cannot be used.
@@ -108,8 +110,10 @@ class ReplayOptions:
         if self.memory_bytes is not None:
             return self.memory_bytes
         cuda = device is not None and device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
-        return int(_MEMORY_SHARE * free)
+        if cuda:
+            return int(_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+        held = psutil.Process().memory_info().rss
+        return int(min(_MEMORY_SHARE * psutil.virtual_memory().available, _PROCESS_SHARE * held))
 
     def as_dict(self) -> dict[str, Any]:
         """What the signals depend on, JSON-ready; a replay with the same goes on where another stopped."""
