@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,16 @@ def behaviour(
     """
     texts = [generate(adapted, tokenizer, query.prompt, new_tokens=new_tokens) for query in queries]
     return {
-        "margin": losses["neutral"] - losses["negative"],
+        "margin": margin(losses),
         "negative_share": sum(negative_words(text) > 0 for text in texts) / len(texts),
         "losses": losses,
         "generations": texts,
     }
+
+
+def margin(losses: Mapping[str, float]) -> float:
+    """The negative answers' log-probability per token minus the neutral ones'."""
+    return losses["neutral"] - losses["negative"]
 
 
 @torch.no_grad()

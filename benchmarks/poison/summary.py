@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from benchmarks._records import Record
+from benchmarks.poison.attack import margin
 from benchmarks.poison.peers import PEERS
 from finfluence.influence import detection
 from finfluence.influence.consistency import mean_over_pairs, pairwise_jaccard, top_sets, variation
@@ -217,7 +219,7 @@ def _not_planted(problem: str, found: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for model, values in losses.items():
         row: dict[str, Any] = {"problem": problem, "model": model, "runs": len(kept)}
-        for key, of in (("negative", _negative), ("margin", _margin)):
+        for key, of in (("negative", itemgetter("negative")), ("margin", margin)):
             now = np.array([of(value) for value in values])
             change = now - np.array([of(value) for value in losses["all rows"]])
             row[key] = float(now.mean())
@@ -227,14 +229,6 @@ def _not_planted(problem: str, found: Sequence[Result]) -> list[dict[str, Any]]:
                 row["removed"] = float(np.mean([result["not_planted"]["removed"] for result in kept]))
         rows.append(row)
     return rows
-
-
-def _negative(losses: Mapping[str, float]) -> float:
-    return losses["negative"]
-
-
-def _margin(losses: Mapping[str, float]) -> float:
-    return losses["neutral"] - losses["negative"]
 
 
 def _times(problem: str, result: Result) -> list[dict[str, Any]]:
