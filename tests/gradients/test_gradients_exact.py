@@ -38,6 +38,23 @@ def test_hooks_equal_naive_loop(name):
 
 
 @names
+def test_backward_to_the_layers_outputs_alone(name):
+    """Gradients of weights may only be left out where no value needs what comes with them, and p.grad stays."""
+    case = CASES[name]
+    if "reentrant" in name and "non-reentrant" not in name:
+        pytest.skip("torch.autograd.grad does not work with re-entrant checkpointing")
+    model = build(case)
+    directions = random_directions(model, 3)
+    hooks = HookedDerivatives(model, trainable(model))
+    rows = torch.arange(case.batch_size)
+    for _ in range(3):
+        with hooks.record(directions, case.batch_size) as recording:
+            hooks.backward(case.losses(model, rows).sum())
+        assert error(recording.values, expected_of(name)) < 1e-9
+    assert all(p.grad is None for p in model.parameters())
+
+
+@names
 def test_hooks_in_float32(name):
     case = CASES[name]
     model = build(case)

@@ -78,6 +78,59 @@ def test_active_dropout_is_replayed(name):
         assert error(jvp, expected) < 1e-9
 
 
+class Recompute(torch.autograd.Function):
+    """A layer run again in the backward pass, as re-entrant checkpointing does it."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.x, ctx.layer = x.detach(), layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, *deltas):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            ctx.layer(x).backward(deltas[0])
+        return x.grad, None
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_backward_leaves_weights_gradients_out_where_it_may(recomputed):
+    """A hook on a weight runs when its gradient is computed. A recomputed layer is only met by a whole pass."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            return self.third(Recompute.apply(x, self.second) if recomputed else self.second(x))
+
+    model, computed = Model().double(), []
+    parameters, directions, x = trainable(model), random_directions(model, 1), data(5, 4)
+    expected = per_sample_derivatives(
+        lambda m: squares(m.third(m.second(torch.tanh(m.first(x))))),
+        model,
+        parameters=parameters,
+        directions=directions,
+        method="finite-difference",
+    )
+    for p in model.first.parameters():
+        p.register_hook(lambda gradient: computed.append(gradient.shape))
+    hooks = HookedDerivatives(model, parameters)
+    counts = []
+    for _ in range(3):
+        computed.clear()
+        with hooks.record(directions, 5) as recording:
+            hooks.backward(squares(model(x)).sum())
+        assert error(recording.values, expected) < 1e-5
+        counts.append(len(computed))
+    assert counts == ([2, 2, 2] if recomputed else [2, 0, 0])
+    with pytest.raises(RecordingError, match="no recording is running"):
+        hooks.backward(torch.zeros(()))
+
+
 def test_reentrant_checkpointing():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
     x = data(5, 4)

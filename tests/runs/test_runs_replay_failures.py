@@ -201,17 +201,24 @@ def test_growth_is_warned_of_below_divergence(tmp_path):
 
 @pytest.mark.parametrize("optimizer", [fi.SGD(lr=0.3, momentum=0.9), fi.AdamW(lr=0.02)], ids=["momentum", "adamw"])
 def test_a_spilled_segment_gives_the_same(tmp_path, optimizer):
-    for name, budget in (("memory", None), ("file", 0)):
+    row = 4 * 8 * sum(p.numel() for p in problems.mlp().parameters())  # a step's four vectors in float64
+    for name, budget in (("memory", None), ("file", 0), ("both", 2 * row)):
         problems.train(
             tmp_path / name,
             optimizer=optimizer,
             clip_norm=0.3,
             replay_options=ReplayOptions(memory_bytes=budget, clip_derivative="exact"),
         )
-    assert signals(fi.open_run(tmp_path / "memory")).equals(signals(fi.open_run(tmp_path / "file")))
-    plan = plan_replay(tmp_path / "memory", problems.mlp(), options=ReplayOptions(memory_bytes=0))
-    assert plan.spills
-    assert not plan_replay(tmp_path / "memory", problems.mlp()).spills
+    for name in ("file", "both"):
+        assert signals(fi.open_run(tmp_path / "memory")).equals(signals(fi.open_run(tmp_path / name)))
+    whole, file = (
+        plan_replay(tmp_path / "memory", problems.mlp(), options=ReplayOptions(memory_bytes=budget))
+        for budget in (None, 0)
+    )
+    assert file.spills
+    assert "in a file" in str(file)
+    assert not whole.spills
+    assert file.memory_bytes + file.file_bytes == whole.memory_bytes
 
 
 def test_the_plan_counts_what_is_done(tmp_path):

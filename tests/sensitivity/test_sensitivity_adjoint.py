@@ -88,6 +88,21 @@ def test_closed_form_equals_automatic_differentiation(rule, options, step):
         torch.testing.assert_close(single.theta, fast.theta[query], rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_overwriting_the_cotangents_changes_nothing_else(rule, options):
+    """The results are the same, and what the update was evaluated at stays as it is."""
+    point = _point(rule, 3)
+    lambda_theta = _random(2, 10, seed=5)
+    lambda_state = {key: _random(2, 10, seed=6 + index) for index, key in enumerate(point[1])}
+    arguments: dict[str, Any] = {"lr": 0.07, "step": 3, "options": options, "layout": LAYOUT}
+    expected = vjp(rule, *point, lambda_theta, lambda_state, **arguments)
+    own = {key: value.clone() for key, value in lambda_state.items()}
+    found = vjp(rule, *point, lambda_theta.clone(), own, overwrite=True, **arguments)
+    torch.testing.assert_close((found.theta, found.state, found.q), (expected.theta, expected.state, expected.q))
+    torch.testing.assert_close(point, _point(rule, 3), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_composed_steps_equal_brute_force(rule):
     """Four composed updates from step 2 with fixed gradients: d⟨a, theta_T⟩ to each of them, theta and state.

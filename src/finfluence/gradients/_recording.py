@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ class Recording:
         self.fired = self.approximate = False
         self.changed = False
         self.coincidence = False
+        self.edges: list[Any] = []
         self.calls: list[ModuleCall] = []
         self.undecided: list[tuple[ModuleCall, Output]] = []
         self.entries: dict[nn.Module, list[tuple[Ambience | None, list[int]]]] = {}
@@ -75,5 +78,6 @@ class Recording:
     def close(self) -> None:
         """Stop recording and let go of everything but the values."""
         self.open = False
+        self.edges.clear()
         self.forget_graph()
         self.entries.clear()

@@ -74,6 +74,7 @@ class HookedDerivatives:
         self._table: QueryTable | None = None
         self._record: Recording | None = None
         self._covered: set[str] = set()
+        self._recomputes = False
         self.low_precision = False
         self._handles = []
         for module in self._plan.watched():
@@ -134,6 +135,25 @@ class HookedDerivatives:
             self._record = None
             self._discovery.apply_deferred(record)
             record.close()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run a recorded loss's backward pass as far as the record needs it; p.grad stays as it is.
+
+        The values need the gradients of the layers' outputs alone. Those of the weights, a third of the work in the
+        backward pass of a linear layer, are left out once a record has shown that the layers run in the model's forward
+        and not again in the backward pass (gradient checkpointing).
+
+        Args:
+            loss: a scalar, computed in the record block.
+
+        Raises:
+            RecordingError: no recording is running.
+        """
+        if self._record is None:
+            raise RecordingError("no recording is running; call backward in a record block")
+        partial = self._discovery.settled and not self._recomputes
+        ends = self._record.edges if partial and self._record.edges else list(self._parameters.values())
+        torch.autograd.grad(loss, ends, allow_unused=True)
 
     def uncovered(self) -> list[str]:
         """Names of parameters that have a gradient now, and to which no recording so far ascribed any of it."""
@@ -196,6 +216,9 @@ class HookedDerivatives:
             )
         if record.running(self._plan.model):  # not while checkpointing recomputes: that must leave nothing behind
             self._note(record, call, sources, [t for _, t in found])
+            record.edges += [torch.autograd.graph.get_gradient_edge(gradient_target(t)) for _, t in found]
+        else:
+            self._recomputes = True
         for name in owned.values():
             record.pending.discard((module, name))
         on_gradients([t for _, t in found], lambda deltas: self._receive(record, call, deltas))

@@ -41,7 +41,9 @@ def directions_of(layout: Layout, q: Tensor) -> list[Direction]:
 class BatchTerms(Protocol):
     """A way to evaluate a micro-batch."""
 
-    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+    def evaluate(
+        self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor, gradient: Tensor | None = None
+    ) -> Terms:
         """The terms of one micro-batch.
 
         Args:
@@ -49,6 +51,7 @@ class BatchTerms(Protocol):
             denominator: of the sum of losses.
             theta: (size,) the parameters, where the model stands too.
             q: (n_queries, size) sensitivities.
+            gradient: (size,) of the micro-batch's share of the loss, where it is known.
 
         Returns:
             The terms; the random state is as one forward pass leaves it.
@@ -67,7 +70,9 @@ class ExactTerms:
     def __init__(self, engine: Engine, layout: Layout) -> None:
         self.engine, self.layout = engine, layout
 
-    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+    def evaluate(
+        self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor, gradient: Tensor | None = None
+    ) -> Terms:
         """See `BatchTerms`."""
         engine, seen = self.engine, []
         weights = theta.new_full((len(indices),), 1.0 / denominator)
@@ -110,21 +115,26 @@ class DifferenceTerms:
         self._at_once = sum(p.numel() for p in engine.model.parameters()) <= EXACT_LIMIT
         self._precision = torch.bfloat16 if engine.plan.precision == "bfloat16-autocast" else None
 
-    def evaluate(self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor) -> Terms:
+    def evaluate(
+        self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor, gradient: Tensor | None = None
+    ) -> Terms:
         """See `BatchTerms`."""
         engine, seen = self.engine, []
         leaves = list(engine.parameters.values())
         before = _random_state(engine.device)
 
-        def gradient(parameters: Any) -> dict[str, Tensor]:
+        def loss() -> Tensor:
+            value = engine.losses(engine.model, indices).sum() / denominator
+            seen.append(float(value.detach()))
+            return value
+
+        def gradient_at(parameters: Any) -> dict[str, Tensor]:
             # Every evaluation of this micro-batch sees the dropout masks of the training.
             _set_random_state(engine.device, before)
             with torch.no_grad():
                 for name, value in parameters.items():
                     engine.parameters[name].copy_(value)
-            loss = engine.losses(engine.model, indices).sum() / denominator
-            seen.append(float(loss.detach()))
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss(), leaves, allow_unused=True, materialize_grads=True)
             return dict(zip(engine.parameters, found, strict=True))
 
         def gradients(parameters: Any) -> dict[str, Tensor]:
@@ -135,20 +145,23 @@ class DifferenceTerms:
                     # An operation without a batching rule; a true error shows again in the loop.
                     self._at_once = False
             rows = range(len(next(iter(parameters.values()))))
-            each = [gradient({name: value[row] for name, value in parameters.items()}) for row in rows]
+            each = [gradient_at({name: value[row] for name, value in parameters.items()}) for row in rows]
             return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
         hessian = batch_hessian(
             self.layout.unflatten(theta),
-            gradient=gradient,
+            gradient=gradient_at,
             gradients=gradients,
+            at_theta=gradient,
             smoothing=self.smoothing,
             method=self.method,
             layout=self.layout,
             precision=self._precision,
         )
         with self.hooks.record(directions_of(self.layout, q), len(indices)) as recording:
-            at_theta = hessian.gradient  # evaluated here, so that the hooks see its backward pass
+            if gradient is not None:
+                self.hooks.backward(loss())
+            at_theta = hessian.gradient  # evaluated here if it was not known, so that the hooks see its backward pass
         after = _random_state(engine.device)
         curvature = hessian.product(q)
         _set_random_state(engine.device, after)

@@ -52,6 +52,7 @@ class SegmentWalker:
         monitor: watches the adjoint's norm; knows the queries' names.
         diverged: what was found before, by query.
         settled: of the update at the end of the run; None for none.
+        longest: steps of the longest segment.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class SegmentWalker:
         monitor: AdjointMonitor,
         diverged: dict[str, str],
         settled: Settled | None,
+        longest: int,
     ) -> None:
         self.engine, self.update, self.options, self.panel, self.monitor = engine, update, options, panel, monitor
         self.diverged, self.settled = diverged, settled
@@ -72,7 +74,13 @@ class SegmentWalker:
         self.limit = tolerance(engine.parameters)
         self._per_epoch = engine.plan.sampler.steps_per_epoch(engine.n, engine.plan.batch_size)
         clip_exactly = engine.plan.clip_norm is not None and options.clip_derivative == "exact"
-        self._vectors = kept_vectors(update, clip_exactly=clip_exactly)
+        self._path = Trajectory(
+            longest,
+            update,
+            self.flat_parameters(),
+            vectors=kept_vectors(update, clip_exactly=clip_exactly),
+            budget=options.memory_budget(engine.device),
+        )
         if engine.plan.precision == "bfloat16-autocast":
             self.limit = max(self.limit, 2e-2)
         method: HessianMethod = options.method(sum(p.numel() for p in engine.model.parameters()))
@@ -83,60 +91,54 @@ class SegmentWalker:
                 engine, update.layout, method=method, hooks=self.hooks, smoothing=options.smoothing
             )
 
-    def flat_parameters(self) -> Tensor:
-        """(size,) the model's trainable parameters now."""
-        return self.update.layout.flatten({name: p.detach() for name, p in self.engine.parameters.items()})
+    def flat_parameters(self, *, out: Tensor | None = None) -> Tensor:
+        """(size,) the model's trainable parameters now, in `out` if given."""
+        return self.update.layout.flatten({name: p.detach() for name, p in self.engine.parameters.items()}, out=out)
 
     def _set_parameters(self, theta: Tensor) -> None:
         with torch.no_grad():
             for name, value in self.update.layout.unflatten(theta).items():
                 self.engine.parameters[name].copy_(value)
 
-    def forwards(
-        self, batches: Sequence[Batch], *, budget: int, advance: Callable[[], None]
-    ) -> tuple[Trajectory, list[float]]:
-        """Re-executes the steps from the state that the engine is in.
+    def forwards(self, batches: Sequence[Batch], *, advance: Callable[[], None]) -> list[float]:
+        """Re-executes the steps from the state that the engine is in, and keeps what was there before each of them.
 
         Args:
             batches: the segment's batches.
-            budget: bytes that the trajectory may take in memory.
             advance: called after each step.
 
         Returns:
-            What was there before each step, and each step's loss.
+            Each step's loss.
         """
-        engine = self.engine
-        theta = self.flat_parameters()
-        path = Trajectory(len(batches), self.update, theta, vectors=self._vectors, budget=budget)
+        engine, path = self.engine, self._path
         losses: list[float] = []
         for row, batch in enumerate(batches):
-            theta, state, gradient = self.flat_parameters(), (), None
             engine.set_learning_rate(batch.step)
             losses.append(engine.backward(batch))
-            if self._vectors > 1:
-                state = self.update.read_state(engine.optimizer, engine.parameters)[0]
+            theta, gradient, state = path.blank(row)
+            self.flat_parameters(out=theta)
+            if gradient is not None:
                 found = {name: p.grad for name, p in engine.parameters.items() if p.grad is not None}
-                gradient = self.update.layout.flatten(found)
-            path.put(row, theta, state, gradient, engine.clip())
+                self.update.layout.flatten(found, out=gradient)
+                self.update.read_state(engine.optimizer, engine.parameters, out=state)
+            path.keep(row, engine.clip())
             engine.optimizer.step()
             advance()
-        return path, losses
+        return losses
 
     def backwards(
         self,
         batches: Sequence[Batch],
-        path: Trajectory,
         losses: Sequence[float],
         *,
         adjoint: Tensor,
         adjoint_state: States | None,
         advance: Callable[[], None],
     ) -> tuple[Tensor, States, list[StepSignals]]:
-        """Pulls the adjoint back through the steps and reads off the signals.
+        """Pulls the adjoint back through the steps that `forwards` has just gone, and reads off the signals.
 
         Args:
             batches: the segment's batches.
-            path: from `forwards`.
             losses: from `forwards`.
             adjoint: (n_queries, size) ∂m/∂θ after the segment.
             adjoint_state: the same of the optimizer's state; None at the end of the run.
@@ -149,15 +151,16 @@ class SegmentWalker:
             ReplayError: every query's adjoint has diverged, or a loss is not what it was when the step was re-executed.
         """
         found: list[StepSignals] = []
+        path = self._path
         adjoint_options = self.options.adjoint
         for row in range(len(batches) - 1, -1, -1):
-            batch, theta, factor = batches[row], path.theta(row), float(path.factors[row])
-            raw = path.gradient(row)
+            batch, factor = batches[row], float(path.factors[row])
+            theta, raw, state = path.point(row)
             # SGD's rule looks at neither gradient nor parameters, and its gradient is not kept.
             gradient = theta if raw is None else raw * factor if factor != 1.0 else raw
             adjoint, adjoint_state, q = self.update.vjp(
                 theta,
-                path.state(row),
+                state,
                 gradient,
                 adjoint,
                 adjoint_state,
@@ -165,17 +168,18 @@ class SegmentWalker:
                 step=batch.step,
                 options=adjoint_options,
                 settled=self.settled,
+                overwrite=True,
             )
             q = clip_vjp(q, gradient if raw is None else raw, factor=factor, derivative=self.options.clip_derivative)
             self._set_parameters(theta)
-            values, curvature, residuals = self._batch_terms(batch, theta, q, loss=losses[row])
+            values, curvature, residuals = self._batch_terms(batch, theta, q, gradient=raw, loss=losses[row])
             panel = None
             if self._on_grid(batch):
                 self._set_parameters(theta)  # finite differences leave the model elsewhere
                 directions = directions_of(self.update.layout, q)
                 panel = panel_signals(self.engine, self.members, directions, step=batch.step, hooks=self.hooks)
                 panel /= batch.denominator
-            adjoint = adjoint + curvature
+            adjoint = curvature.add_(adjoint)
             norms, bad = self.monitor.watch(batch.step, adjoint)
             if bad:
                 adjoint, adjoint_state = self._drop(bad, adjoint, adjoint_state)
@@ -203,14 +207,20 @@ class SegmentWalker:
         return batch.position in self.panel.grid(self._per_epoch, seed=self.engine.plan.seed, epoch=batch.epoch)
 
     def _batch_terms(
-        self, batch: Batch, theta: Tensor, q: Tensor, *, loss: float
+        self, batch: Batch, theta: Tensor, q: Tensor, *, gradient: Tensor | None, loss: float
     ) -> tuple[np.ndarray, Tensor, tuple[float, ...]]:
         """Signals (b, n_queries), Hessian-vector products (n_queries, size) and residuals of the identity."""
         if not len(batch.indices):
             return np.zeros((0, len(q))), torch.zeros_like(q), (0.0,) * len(q)
         seed_step(self.engine.plan.seed, batch.step, device=self.engine.device)
         parts = np.array_split(batch.indices, self.engine.plan.accumulation)
-        terms = [self._terms.evaluate(indices, batch.denominator, theta, q=q) for indices in parts if len(indices)]
+        if len(parts) > 1:
+            gradient = None  # what is known is the sum over the parts
+        terms = [
+            self._terms.evaluate(indices, batch.denominator, theta, q=q, gradient=gradient)
+            for indices in parts
+            if len(indices)
+        ]
         mean = sum(t.loss for t in terms) * batch.denominator / len(batch.indices)
         self._check_loss(batch, mean, loss)
         values = torch.cat([t.values for t in terms]).double().cpu()
@@ -228,8 +238,9 @@ class SegmentWalker:
         )
 
     def close(self) -> None:
-        """Takes the hooks off the model."""
+        """Takes the hooks off the model and gives the segment's memory or file back."""
         self.hooks.remove()
+        self._path.close()
 
 
 def _residuals(values: Tensor, expected: Tensor) -> tuple[float, ...]:

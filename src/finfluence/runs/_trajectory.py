@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,99 +26,100 @@ def kept_vectors(update: FlatUpdate, *, clip_exactly: bool) -> int:
     return 1 if linear and not clip_exactly else 2 + max(len(keys) for keys in _state_keys(update))
 
 
+class Point(NamedTuple):
+    """What there was before a step.
+
+    Attributes:
+        theta: (size,) parameters.
+        gradient: (size,) gradient of the step before clipping; None where it is not kept.
+        state: optimizer state; empty where it is not kept.
+    """
+
+    theta: Tensor
+    gradient: Tensor | None
+    state: States
+
+
 class Trajectory:
-    """Parameters before every step of a segment, and where they are needed gradients and optimizer states.
+    """The points before every step of a segment.
+
+    One serves all segments of a replay, each written over the last: memory that is in place already costs less.
 
     Args:
-        steps: steps in the segment.
+        steps: steps in the longest segment.
         update: the flat update.
         example: a flat vector of the right dtype and device.
         vectors: as `kept_vectors` counts them.
-        budget: bytes above which they go to a file.
+        budget: bytes that may be in memory; the steps beyond are in a file.
     """
 
     def __init__(self, steps: int, update: FlatUpdate, example: Tensor, *, vectors: int, budget: int) -> None:
-        self.update, self.vectors = update, vectors
-        self._keys = _state_keys(update)
+        self.update, self._keys = update, _state_keys(update)
         self.factors = np.ones(steps)
-        shape = (steps, vectors, update.layout.size)
-        fits = steps * vectors * update.layout.size * example.element_size() <= budget
-        self._store: Any = _Memory(shape, example) if fits else _File(shape, example)
+        size = update.layout.size
+        self._held = min(steps, budget // max(1, vectors * size * example.element_size()))
+        self._file = None if self._held == steps else _File()
+        # a row for each step that is held, and one more through which the others go to the file and come back
+        rows = self._held if self._file is None else self._held + 1
+        self._rows = torch.empty((rows, vectors, size), dtype=example.dtype, device=example.device)
 
     def close(self) -> None:
         """Gives the memory or the file back."""
-        self._store.close()
+        del self._rows
+        if self._file is not None:
+            self._file.close()
 
-    def put(self, row: int, theta: Tensor, state: States, gradient: Tensor | None, factor: float) -> None:
-        """Keeps what was there before a step, its gradient before clipping, and the factor of clipping."""
+    def blank(self, row: int) -> Point:
+        """The point to be filled with what there is before a step; `keep` it before the next."""
+        return self._point(min(row, self._held))
+
+    def keep(self, row: int, factor: float) -> None:
+        """Keeps what the blank has been filled with, and the factor of clipping."""
         self.factors[row] = factor
-        self._store.put(row, 0, 0, theta)
-        if self.vectors == 1 or gradient is None:
-            return
-        self._store.put(row, 1, 0, gradient)
-        for group, own in zip(self.update.groups, state, strict=True):
-            for slot, value in enumerate(own.values(), 2):
-                self._store.put(row, slot, group.start, value)
+        if self._file is not None and row >= self._held:
+            self._file.write(row - self._held, self._rows[-1])
 
-    def theta(self, row: int) -> Tensor:
-        """(size,) parameters before the step."""
-        return self._store.get(row, 0, 0, self.update.layout.size)
+    def point(self, row: int) -> Point:
+        """What there was before a step; to be used before the next is asked for."""
+        if self._file is not None and row >= self._held:
+            self._file.read(row - self._held, self._rows[-1])
+        return self.blank(row)
 
-    def gradient(self, row: int) -> Tensor | None:
-        """(size,) gradient of the step before clipping; None where it is not kept."""
-        return None if self.vectors == 1 else self._store.get(row, 1, 0, self.update.layout.size)
-
-    def state(self, row: int) -> States:
-        """Optimizer state before the step; empty where it is not kept."""
-        if self.vectors == 1:
-            return tuple({} for _ in self.update.groups)
-        return tuple(
-            {key: self._store.get(row, slot, group.start, group.stop) for slot, key in enumerate(keys, 2)}
+    def _point(self, row: int) -> Point:
+        theta, *others = self._rows[row].unbind(0)
+        if not others:
+            return Point(theta, None, tuple({} for _ in self.update.groups))
+        gradient, *vectors = others
+        state = tuple(
+            {key: vector[group.start : group.stop] for key, vector in zip(keys, vectors, strict=False)}
             for group, keys in zip(self.update.groups, self._keys, strict=True)
         )
-
-
-class _Memory:
-    def __init__(self, shape: tuple[int, int, int], example: Tensor) -> None:
-        self._tensor = torch.empty(shape, dtype=example.dtype, device=example.device)
-
-    def put(self, row: int, slot: int, start: int, vector: Tensor) -> None:
-        self._tensor[row, slot, start : start + len(vector)] = vector
-
-    def get(self, row: int, slot: int, start: int, stop: int) -> Tensor:
-        return self._tensor[row, slot, start:stop]
-
-    def close(self) -> None:
-        del self._tensor
+        return Point(theta, gradient, state)
 
 
 class _File:
-    """Vectors in a temporary file, which has no name once it is open: a killed replay leaves nothing behind.
+    """Rows in a temporary file, which has no name once it is open: a killed replay leaves nothing behind.
 
     Read and written, not mapped: mapped pages would count as the process's memory.
     """
 
-    def __init__(self, shape: tuple[int, int, int], example: Tensor) -> None:
-        self._shape, self._dtype, self._device = shape, example.dtype, example.device
+    def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the trajectory
 
-    def _seek(self, row: int, slot: int, start: int) -> None:
-        _, slots, size = self._shape
-        self._file.seek(((row * slots + slot) * size + start) * self._dtype.itemsize)
-
-    def put(self, row: int, slot: int, start: int, vector: Tensor) -> None:
-        self._seek(row, slot, start)
-        data = _bytes(vector.detach().cpu().contiguous())
+    def write(self, row: int, values: Tensor) -> None:
+        data = _bytes(values.cpu())
+        self._file.seek(row * len(data))
         while data:
             data = data[self._file.write(data) :]
 
-    def get(self, row: int, slot: int, start: int, stop: int) -> Tensor:
-        self._seek(row, slot, start)
-        vector = torch.empty(stop - start, dtype=self._dtype)
-        data = _bytes(vector)
+    def read(self, row: int, into: Tensor) -> None:
+        values = into if into.device.type == "cpu" else torch.empty(into.shape, dtype=into.dtype)
+        data = _bytes(values)
+        self._file.seek(row * len(data))
         while data and (count := self._file.readinto(data)):
             data = data[count:]
-        return vector.to(self._device)
+        if values is not into:
+            into.copy_(values)
 
     def close(self) -> None:
         self._file.close()
@@ -128,7 +129,7 @@ def _state_keys(update: FlatUpdate) -> list[list[str]]:
     return [list(group.rule.init(torch.zeros(1))) for group in update.groups]
 
 
-def _bytes(vector: Tensor) -> memoryview:
+def _bytes(values: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory; through uint8, because NumPy knows no bfloat16."""
-    array: Any = vector.view(torch.uint8).numpy()
+    array: Any = values.view(-1).view(torch.uint8).numpy()
     return memoryview(array)

@@ -107,6 +107,5 @@ def _derivatives(
             lambda model: engine.losses(model, rows), engine.model, parameters=engine.parameters, directions=directions
         )
     with hooks.record(directions, len(rows)) as recording:
-        loss = engine.losses(engine.model, rows).sum()
-        torch.autograd.grad(loss, list(engine.parameters.values()), allow_unused=True)
+        hooks.backward(engine.losses(engine.model, rows).sum())
     return recording.values

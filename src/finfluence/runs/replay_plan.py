@@ -136,8 +136,8 @@ class ReplayPlan:
         hessian: how they are computed.
         panel_evaluations: per-sample gradients for the panel or for full signals, over the whole run.
         gradients: forward and backward passes of a batch, over the whole run.
-        memory_bytes: states of the longest segment, and the adjoints.
-        spills: whether those states go to a file.
+        memory_bytes: states of the longest segment, as many as the budget allows, and the adjoints.
+        file_bytes: the other states of that segment, which go to a temporary file.
         disk_bytes: stored states and signals.
         seconds: expected time at most, from the recorded training's own; None where that is not known.
     """
@@ -149,9 +149,14 @@ class ReplayPlan:
     panel_evaluations: int
     gradients: float
     memory_bytes: int
-    spills: bool
+    file_bytes: int
     disk_bytes: int
     seconds: float | None
+
+    @property
+    def spills(self) -> bool:
+        """Whether states go to a file."""
+        return self.file_bytes > 0
 
     @classmethod
     def estimate(
@@ -182,7 +187,8 @@ class ReplayPlan:
         """
         steps = cuts[-1] - cuts[0]
         longest = max(b - a for a, b in itertools.pairwise(cuts))
-        states = longest * vectors * vector_bytes
+        state = vectors * vector_bytes
+        held = state * min(longest, options.memory_budget() // max(1, state))
         method = options.method(model_size)
         gradients = steps * (2 + _PRODUCT_COST[method] * queries) + panel_evaluations / batch_size
         rows = steps * batch_size + panel_evaluations
@@ -195,19 +201,19 @@ class ReplayPlan:
             hessian=method,
             panel_evaluations=panel_evaluations,
             gradients=gradients,
-            memory_bytes=states + adjoints,
-            spills=states > options.memory_budget(),
+            memory_bytes=held + adjoints,
+            file_bytes=longest * state - held,
             disk_bytes=len(cuts) * max(1, vectors - 1) * vector_bytes + rows * (16 + 4 * queries),
             seconds=None if training_seconds is None else gradients * training_seconds / steps,
         )
 
     def __str__(self) -> str:
-        where = "in a file" if self.spills else "in memory"
+        file = f" and {_size(self.file_bytes)} in a file" if self.spills else ""
         time = "" if self.seconds is None else f", at most about {_duration(self.seconds)}"
         return (
             f"replay: {self.steps} steps in {self.segments} segments, {self.queries} "
             f"{'query' if self.queries == 1 else 'queries'}, Hessian products {self.hessian}, "
-            f"{self.gradients:.0f} batch gradients{time}; {_size(self.memory_bytes)} {where}, "
+            f"{self.gradients:.0f} batch gradients{time}; {_size(self.memory_bytes)} in memory{file}, "
             f"{_size(self.disk_bytes)} on disk"
         )
 

@@ -242,6 +242,7 @@ class _Replay:
             monitor=monitor,
             diverged=dict(entry["diverged"]),
             settled=settled,
+            longest=max((b - a for a, b in itertools.pairwise(self.recording.cuts)), default=0),
         )
         try:
             self._sweep(walker, self.engine.total_steps if end is None else end, adjoint, state=state, show=show)
@@ -306,11 +307,9 @@ class _Replay:
         engine = self.engine
         self._restore(first)
         batches = list(itertools.islice(engine.batches(first), last - first))
-        budget = self.options.memory_budget(engine.device)
-        path, losses = walker.forwards(batches, budget=budget, advance=advance)
-        with contextlib.closing(path):
-            self._compare(walker.flat_parameters(), last, batches, losses)
-            return walker.backwards(batches, path, losses, adjoint=adjoint, adjoint_state=state, advance=advance)
+        losses = walker.forwards(batches, advance=advance)
+        self._compare(walker.flat_parameters(), last, batches, losses)
+        return walker.backwards(batches, losses, adjoint=adjoint, adjoint_state=state, advance=advance)
 
     def _compare(self, theta: Tensor, step: int, batches: Sequence[Batch], losses: Sequence[float]) -> None:
         stored = self.recording.states.load(step)

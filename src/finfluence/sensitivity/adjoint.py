@@ -28,6 +28,7 @@ def vjp(
     options: AdjointOptions = DEFAULT_OPTIONS,
     layout: Layout | None = None,
     settled: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Pullback:
     """Pull derivatives back through one update: (lambda_theta, lambda_state, q) = vjp of U_t at (theta_t, s_t, grad_t).
 
@@ -46,6 +47,8 @@ def vjp(
         layout: Where the tensors lie if `theta` is a flat vector; one tensor by default. Needed for the damping alone.
         settled: v_hat of the end of the run, (*shape), from the rule's `settled`; None for a rule without one,
             and where `options` do not ask for it.
+        overwrite: Whether the results may be written over `lambda_theta` and `lambda_state`, which then hold nothing
+            of use: fresh memory is what a large model's update costs most.
 
     Returns:
         `Pullback(theta, state, q)`; the caller adds H_t q to `theta`.
@@ -55,7 +58,7 @@ def vjp(
     if closed_form is None:
         return generic_vjp(rule, theta, state, grad, lambda_theta, lambda_state, **given)
     with torch.no_grad():
-        return closed_form(theta, state, grad, lambda_theta, lambda_state, **given)
+        return closed_form(theta, state, grad, lambda_theta, lambda_state, overwrite=overwrite, **given)
 
 
 def _known(settled: Tensor | None) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class FlatUpdate:
         step: int,
         options: AdjointOptions = DEFAULT_OPTIONS,
         settled: Settled | None = None,
+        overwrite: bool = False,
     ) -> tuple[Tensor, States, Tensor]:
         """Pull derivatives back through one update, as `adjoint.vjp`, for the whole vector.
 
@@ -127,6 +128,7 @@ class FlatUpdate:
             step: Number of updates made before this one.
             options: Damping and treatment of the second moment.
             settled: From `settled`; None for none.
+            overwrite: Whether the results may be written over `lambda_theta` and `lambda_state`.
 
         Returns:
             dm/dtheta through the update alone (..., size), dm/dstate, and the sensitivity q (..., size).
@@ -147,6 +149,7 @@ class FlatUpdate:
                 options=options,
                 layout=group.layout,
                 settled=settled[0],
+                overwrite=overwrite,
             )
             return back.theta, (back.state,), back.q
         parts = [
@@ -162,6 +165,7 @@ class FlatUpdate:
                 options=options,
                 layout=group.layout,
                 settled=own_settled,
+                overwrite=overwrite,
             )
             for group, own, own_lambda, own_settled in zip(self.groups, state, lambda_state, settled, strict=True)
         ]
@@ -183,12 +187,15 @@ class FlatUpdate:
         rules = [getattr(group.rule, "settled", None) for group in self.groups]
         return tuple(None if rule is None else rule(own, step) for rule, own in zip(rules, state, strict=True))
 
-    def read_state(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> tuple[States, int]:
+    def read_state(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], *, out: States | None = None
+    ) -> tuple[States, int]:
         """Copy a torch optimizer's state into this update's form.
 
         Args:
             optimizer: The optimizer that holds the parameters.
             parameters: Name → the tensors that the optimizer holds.
+            out: A state of this update to be filled and returned; a new one by default.
 
         Returns:
             The state, and the number of updates made (see `read_state` of a single parameter about SGD).
@@ -198,14 +205,20 @@ class FlatUpdate:
         """
         states: list[State] = []
         steps: dict[int, str] = {}
-        for group in self.groups:
+        for index, group in enumerate(self.groups):
             read: dict[str, State] = {}
             for name in group.layout.names:
                 entry: Mapping[str, Any] = optimizer.state.get(parameters[name], {})
-                read[name], step = read_state(group.rule, entry, parameters[name])
+                read[name], step = read_state(group.rule, entry, parameters[name], copy=False)
                 steps.setdefault(step, name)
             keys = read[group.layout.names[0]]
-            states.append({key: group.layout.flatten({name: own[key] for name, own in read.items()}) for key in keys})
+            into: State = {} if out is None else out[index]
+            states.append(
+                {
+                    key: group.layout.flatten({name: own[key] for name, own in read.items()}, out=into.get(key))
+                    for key in keys
+                }
+            )
         if len(steps) > 1:
             raise InputError(
                 f"parameters have made different numbers of updates: {dict(sorted(steps.items()))}; "

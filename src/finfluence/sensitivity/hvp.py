@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from math import cbrt, isfinite, sqrt
+from math import cbrt, inf, isfinite, sqrt
 from typing import Literal, get_args
 
 import torch
@@ -175,20 +175,21 @@ class DifferenceHessian(BatchHessian):
         precision: torch.dtype | None = None,
         smoothing: float | None = None,
         gradients: Gradient | None = None,
+        at_theta: Tensor | None = None,
     ) -> None:
         super().__init__(theta, layout)
         self._function, self._functions, self._smoothing = gradient, gradients, smoothing
         self._sides: Literal["one-sided", "central"] = sides
         self._precision = precision or theta.dtype
         self._norm = float(torch.linalg.vector_norm(self.theta))
-        self._at_theta: Tensor | None = None
+        self._at_theta = at_theta
 
     def _evaluate(self, theta: Tensor) -> Tensor:
         return self.layout.flatten(self._function(self.layout.unflatten(theta))).detach()
 
     @property
     def gradient(self) -> Tensor:
-        """(size,) the gradient of the loss at theta; evaluated once."""
+        """(size,) the gradient of the loss at theta; evaluated once, if it was not given."""
         if self._at_theta is None:
             self._at_theta = self._evaluate(self.theta)
         return self._at_theta
@@ -198,8 +199,10 @@ class DifferenceHessian(BatchHessian):
         directions = directions.detach()
         if directions.ndim == 1:
             return self._difference(directions, _norm(directions))
+        if len(directions) == 1:
+            return self._difference(directions[0], _norm(directions[0])).unsqueeze(0)
         norms = [_norm(direction) for direction in directions]
-        if self._functions is None or len(directions) == 1 or not all(norms):
+        if self._functions is None or not all(norms):
             return torch.stack([self._difference(q, norm) for q, norm in zip(directions, norms, strict=True)])
         epsilon = directions.new_tensor([self._step(norm) for norm in norms])[:, None]
         ahead = self._evaluate_all(self.theta + epsilon * directions)
@@ -226,9 +229,9 @@ class DifferenceHessian(BatchHessian):
         epsilon = self._step(norm)
         ahead = self._evaluate(self.theta.add(direction, alpha=epsilon))
         if self._sides == "one-sided":
-            return (ahead - self.gradient) / epsilon
+            return ahead.sub_(self.gradient).div_(epsilon)
         behind = self._evaluate(self.theta.sub(direction, alpha=epsilon))
-        return (ahead - behind) / (2.0 * epsilon)
+        return ahead.sub_(behind).div_(2.0 * epsilon)
 
 
 def difference_step(
@@ -272,6 +275,7 @@ def batch_hessian(
     model_size: int | None = None,
     smoothing: float | None = None,
     gradients: Gradient | None = None,
+    at_theta: Tensor | None = None,
 ) -> BatchHessian:
     """The gradient and Hessian-vector products of a batch's loss at `parameters`.
 
@@ -291,6 +295,7 @@ def batch_hessian(
             smooth losses of `difference_step`.
         gradients: As `gradient` at several points at once, every tensor with a leading axis; for differences along
             several directions.
+        at_theta: (size,) the gradient at `parameters`, where it is known; for differences.
 
     Returns:
         The `BatchHessian`.
@@ -315,7 +320,14 @@ def batch_hessian(
         assert loss is not None
         gradient = gradient_of(loss)
     return DifferenceHessian(
-        theta, layout, gradient, sides=method, precision=precision, smoothing=smoothing, gradients=gradients
+        theta,
+        layout,
+        gradient,
+        sides=method,
+        precision=precision,
+        smoothing=smoothing,
+        gradients=gradients,
+        at_theta=at_theta,
     )
 
 
@@ -334,6 +346,9 @@ def gradient_of(loss: Loss) -> Gradient:
 
 def _norm(direction: Tensor) -> float:
     """Euclidean norm that neither overflows nor underflows: sensitivities may square below float32's range."""
+    norm = float(torch.linalg.vector_norm(direction))
+    if 1e6 * sqrt(torch.finfo(direction.dtype).tiny) < norm < inf:
+        return norm
     largest = float(direction.abs().max())
     if largest == 0.0 or not isfinite(largest):
         return largest

@@ -67,8 +67,12 @@ class Layout:
         """Length of the flat vector."""
         return sum(self.sizes)
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def flatten(self, tensors: Mapping[str, Tensor], *, out: Tensor | None = None) -> Tensor:
         """Concatenate named tensors (..., *shape) into one vector (..., size).
+
+        Args:
+            tensors: Name → tensor; more names than the layout's do no harm.
+            out: A vector to be filled and returned; a new one by default. The tensors must not require gradients then.
 
         Raises:
             InputError: A name of the layout is missing, or a tensor has another shape.
@@ -84,7 +88,7 @@ class Layout:
         for name, value, shape in zip(self.names, values, self.shapes, strict=True):
             if value.shape != lead + shape:
                 raise InputError(f"{name} has shape {tuple(value.shape)}; expected {tuple(lead + shape)}")
-        return torch.cat([value.reshape(*lead, -1) for value in values], dim=-1)
+        return torch.cat([value.reshape(*lead, -1) for value in values], dim=-1, out=out)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a vector (..., size) into named views (..., *shape); differentiable."""

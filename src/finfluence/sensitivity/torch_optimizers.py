@@ -86,36 +86,37 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     return tuple(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def read_state(rule: UpdateRule, entry: Mapping[str, Any], theta: Tensor) -> tuple[State, int]:
+def read_state(rule: UpdateRule, entry: Mapping[str, Any], theta: Tensor, *, copy: bool = True) -> tuple[State, int]:
     """Read one parameter's state from a torch optimizer's `state[parameter]`.
 
     Args:
         rule: The parameter's rule.
         entry: The optimizer's state of that parameter; empty before its first step.
         theta: The parameter, for the shape of buffers that do not exist yet.
+        copy: Whether to copy the tensors; without, they are the optimizer's own.
 
     Returns:
-        The rule's state (copies) and the number of updates made. SGD does not count its updates: for it the number is
+        The rule's state and the number of updates made. SGD does not count its updates: for it the number is
         0 before the first update that a momentum buffer knows of and 1 after it, which is all that its rule
         distinguishes.
 
     Raises:
         InputError: The entry lacks a tensor that the rule needs.
     """
-    fresh = rule.init(theta.detach())
     if isinstance(rule, SGDRule):
         buffer = entry.get("momentum_buffer")
         if not rule.momentum or buffer is None:
-            return fresh, 0
-        return {"momentum_buffer": buffer.detach().clone()}, 1
+            return rule.init(theta.detach()), 0
+        return {"momentum_buffer": buffer.detach().clone() if copy else buffer.detach()}, 1
     step = int(entry["step"]) if "step" in entry else 0
     if step == 0:
-        return fresh, 0
-    if missing := [key for key in fresh if not isinstance(entry.get(key), Tensor)]:
+        return rule.init(theta.detach()), 0
+    keys = list(rule.init(theta.detach().new_zeros(1)))
+    if missing := [key for key in keys if not isinstance(entry.get(key), Tensor)]:
         raise InputError(
             f"the optimizer's state lacks {missing} (it has {sorted(entry)}); use the rule of that optimizer"
         )
-    return {key: entry[key].detach().clone() for key in fresh}, step
+    return {key: entry[key].detach().clone() if copy else entry[key].detach() for key in keys}, step
 
 
 def _group_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> UpdateRule:

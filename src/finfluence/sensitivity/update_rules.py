@@ -153,9 +153,10 @@ class SGDRule:
         step: int,
         options: AdjointOptions,
         layout: Layout | None = None,
+        overwrite: bool = False,
     ) -> Pullback:
         """Closed-form vjp, exact: the update is linear in theta, state and gradient, whose values are not looked at."""
-        del theta, state, grad, options, layout
+        del theta, state, grad, options, layout, overwrite
         if not self.momentum:
             to_gradient, previous = lambda_theta * -lr, {}
         else:
@@ -229,21 +230,26 @@ class AdamRule:
         return state["exp_avg_sq"] / (1.0 - self.betas[1] ** step)
 
     def _settled_root(self, v_hat: Tensor, settled: Tensor, step: int) -> Tensor:
-        """The square root of v_hat with v_hat of the run's end as one more batch."""
+        """The larger of the square roots of v_hat, and of v_hat with that of the run's end as one more batch."""
         batches = (1.0 - self.betas[1] ** (step + 1)) / (1.0 - self.betas[1])
-        return v_hat.lerp(settled, 1.0 / (batches + 1.0)).sqrt_()
+        return torch.maximum(v_hat, settled).lerp_(v_hat, batches / (batches + 1.0)).sqrt_()
 
-    def _inverse(self, root: Tensor, rms: Tensor | None, damping: float) -> Tensor:
-        """1 / (root + eps + damping · rms); 0 where there is no second moment at all; not differentiable.
+    def _invert(self, root: Tensor, v_hat: Tensor, damping: float, layout: Layout | None) -> Tensor:
+        """1 / (root + eps + damping · rms) in place of `root`; not differentiable.
 
-        Such a parameter has never had a gradient (LoRA's A at the first step): its next step is a sign, with derivative
-        zero, not the 1/eps that the formula would give. In place, because large models spend their time on memory here.
+        0 where there is no second moment at all: such a parameter has never had a gradient (LoRA's A at the first
+        step), its next step is a sign, with derivative zero, not the 1/eps that the formula would give.
         """
-        denominator = root + self.eps
-        if rms is not None:
-            denominator.add_(rms, alpha=damping)
-        never = denominator <= self.eps
-        return denominator.reciprocal_().masked_fill_(never, 0.0)
+        sizes = [root.numel()] if layout is None else layout.sizes
+        parts = [v_hat.reshape(-1)] if layout is None else v_hat.split(sizes)
+        shifts = torch.stack([part.mean() for part in parts]).sqrt_().mul_(damping).tolist() if damping else None
+        for part, shift in zip(root.view(-1).split(sizes), shifts or [0.0] * len(sizes), strict=True):
+            part.add_(self.eps + shift)
+            never = None if shift else part <= self.eps
+            part.reciprocal_()
+            if never is not None:
+                part.masked_fill_(never, 0.0)
+        return root
 
     def surrogate(
         self,
@@ -268,8 +274,7 @@ class AdamRule:
         rms = _mean(second.detach() / c2, layout).sqrt()
         denominator = root + self.eps + options.damping * rms
         if settled is not None:
-            raised = self._settled_root(second.detach() / c2, settled, step)
-            denominator = denominator + (raised - root.detach()).clamp(min=0.0)
+            denominator = denominator + (self._settled_root(second.detach() / c2, settled, step) - root.detach())
         inverse = torch.where(denominator > self.eps, denominator.reciprocal(), 0.0)
         return theta - (lr / c1) * first * inverse, {"exp_avg": first, "exp_avg_sq": second}
 
@@ -286,33 +291,34 @@ class AdamRule:
         options: AdjointOptions,
         layout: Layout | None = None,
         settled: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Pullback:
-        """Closed-form vjp of `surrogate`; what does not depend on the cotangents is computed once for all queries."""
+        """Closed-form vjp of `surrogate`; what does not depend on the cotangents is computed once for all queries.
+
+        In place and in few passes, because large models spend their time on memory here, most of it on fresh memory.
+        """
         _, grad = self._decay(theta, grad, lr)
         c1, c2 = self._corrections(step)
-        v_hat = self._second_moment(state, grad).div_(c2)
-        rms = _mean(v_hat, layout).sqrt_() if options.damping else None
-        raised = None if settled is None else self._settled_root(v_hat, settled, step)
-        root = v_hat.sqrt_()
-        inverse = self._inverse(root if raised is None else torch.maximum(root, raised), rms, options.damping)
-        to_first = lambda_theta * (inverse * (-lr / c1))
-        if "exp_avg" in lambda_state:
-            to_first.add_(lambda_state["exp_avg"])
-        previous = {"exp_avg": to_first * self.betas[0]}
-        q = to_first.mul_(1.0 - self.betas[0])
+        b1, b2 = self.betas
+        v_hat = state["exp_avg_sq"].mul(b2 / c2).addcmul_(grad, grad, value=(1.0 - b2) / c2)
+        root = v_hat.sqrt() if settled is None else self._settled_root(v_hat, settled, step)
+        inverse = self._invert(root, v_hat, options.damping, layout)
+        to_first = _through(inverse, lambda_theta, -lr / c1, lambda_state.get("exp_avg"), overwrite)
+        q = to_first * (1.0 - b1)
+        previous = {"exp_avg": to_first.mul_(b1)}
         if options.second_moment != "constant":
-            # d(1/D)/dv' = -1/D² · 1/(2·c2·sqrt(v_hat)), and 0 where v' = 0 (see `surrogate`).
-            slope = torch.where(root > 0, 0.5 / (c2 * root), 0.0) * inverse.square() * (lr / c1)
-            to_second = lambda_theta * (slope * self._first_moment(state, grad))
-            if "exp_avg_sq" in lambda_state:
-                to_second.add_(lambda_state["exp_avg_sq"])
-            previous["exp_avg_sq"] = to_second * self.betas[1]
-            q.addcmul_(to_second, grad, value=2.0 * (1.0 - self.betas[1]))
+            # d(1/D)/dv' = -1/D² · 1/(2·c2·sqrt(v_hat)). Where v' = 0 the first moment is 0 too (see `surrogate`).
+            weight = v_hat.clamp_(min=torch.finfo(v_hat.dtype).tiny).rsqrt_().mul_(self._first_moment(state, grad))
+            weight.mul_(inverse).mul_(inverse)
+            to_second = _through(weight, lambda_theta, 0.5 * lr / (c1 * c2), lambda_state.get("exp_avg_sq"), overwrite)
+            q.addcmul_(to_second, grad, value=2.0 * (1.0 - b2))
+            previous["exp_avg_sq"] = to_second.mul_(b2)
         to_theta = lambda_theta
         if self.weight_decay and self.decay == "coupled":
             to_theta = lambda_theta.add(q, alpha=self.weight_decay)
         elif self.weight_decay:
-            to_theta = lambda_theta * (1.0 - lr * self.weight_decay)
+            keep = 1.0 - lr * self.weight_decay
+            to_theta = lambda_theta.mul_(keep) if overwrite else lambda_theta * keep
         return Pullback(to_theta, previous, q)
 
     def live(self, state: Mapping[str, Any], query_gradient: Tensor, *, lr: float, step: int) -> Tensor:
@@ -330,6 +336,15 @@ class AdamRule:
         if float(second.min()) <= negligible:
             result.masked_fill_(second <= negligible, 0.0)
         return result
+
+
+def _through(weight: Tensor, cotangent: Tensor, gain: float, known: Tensor | None, overwrite: bool) -> Tensor:
+    """known + gain · weight · cotangent, in `known` or in a tensor of its own."""
+    if known is None:
+        return (cotangent * weight).mul_(gain)
+    if overwrite:
+        return known.addcmul_(cotangent, weight, value=gain)
+    return torch.addcmul(known, cotangent, weight, value=gain)
 
 
 def _mean(values: Tensor, layout: Layout | None) -> Tensor:

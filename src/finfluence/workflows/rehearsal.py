@@ -141,7 +141,7 @@ def _rehearse(work: FineTuning, engine: Engine, panel: NoisePanel) -> Rehearsal:
         query_seconds=query_seconds,
         training_seconds=training,
         replay=replay,
-        memory_bytes=_peak(engine.device) + (0 if replay is None or replay.spills else replay.memory_bytes),
+        memory_bytes=_peak(engine.device) + (0 if replay is None else replay.memory_bytes),
         device=torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type,
         disk_bytes=states * state + rows * (16 + 4 * len(batches)),
         states=states,
