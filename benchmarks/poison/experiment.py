@@ -159,6 +159,7 @@ class Unit:
         self._stage("base", self._base)
         run = self._recorded()
         self._stage("scores", lambda: self._scores(run))
+        self._stage("relative", lambda: self._relative(run))
         self._stage("checkpoint_scores", self._checkpoint_scores)
         self._stage("cleaned", self._cleaned)
         self._stage("clean", lambda: self._trained_without(self.problem.planted))
@@ -245,6 +246,7 @@ class Unit:
             refresh=s.refresh,
             signals="full",
             panel=fi.NoisePanel(len(self.rows), s.positions),
+            self_influence="all",
             collate=collate,
             directory=directory,
             exist="resume",
@@ -271,6 +273,11 @@ class Unit:
                 f"live/{query}": run.influence(query, sensitivity="live")["mu"].to_numpy(),
             }
         return {name: values.tolist() for name, values in found.items()}
+
+    def _relative(self, run: fi.Run) -> dict[str, list[float]]:
+        """finfluence's scores by influence at equal lengths of gradient."""
+        frames = {query: run.influence(query, alternative="supporting", relative=True) for query in QUERIES}
+        return {f"replay/{query}": frame["relative"].fill_null(0.0).to_list() for query, frame in frames.items()}
 
     def _checkpoint_scores(self) -> dict[str, list[float]]:
         scorer = CheckpointScores(self.task, self.rows, queries={name: self.queries[name] for name in QUERIES})

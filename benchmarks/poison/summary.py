@@ -23,6 +23,7 @@ _SCORES = {
     f"{title}, {asked}": (stage, f"{method}/{query}")
     for title, stage, method in (
         ("finfluence replay", "scores", "replay"),
+        ("finfluence replay, relative", "relative", "replay"),
         ("finfluence live", "scores", "live"),
         ("TracIn", "checkpoint_scores", "tracin"),
         ("LESS cosine", "checkpoint_scores", "less"),

@@ -79,7 +79,7 @@ def test_recording_less_or_more_does_not_change_the_training(tmp_path: Path) -> 
 def naive_signals(
     plan: fi.Plan, refresh: int, net: nn.Module
 ) -> tuple[dict[tuple[int, int], list[float]], dict[tuple[int, int], float]]:
-    """Signals by (step, sample) for both queries, and self-signals, from a loop over samples in float64."""
+    """Signals by (step, sample) for both queries, and every sample's self-signals, from a loop over samples."""
     dataset = data()
     optimizer = plan.optimizer.build(list(net.parameters()))
     loaded = {"first": data(6, seed=4).tensors, "second": queries()["second"]}
@@ -91,12 +91,13 @@ def naive_signals(
         if step % refresh == 0:
             held[:] = [gradients(net, functional.cross_entropy(net(x), y)) for x, y in loaded.values()]
         directions = [sensitivity(optimizer, net, measure) for measure in held]
-        for row in rows.tolist():
+        for row in range(N):
             mine = gradients(net, sample_loss(net, dataset, row))
-            found[step, row] = [
-                sum(float((q * g).sum()) for q, g in zip(direction, mine, strict=True)) / denominator
-                for direction in directions
-            ]
+            if row in rows:
+                found[step, row] = [
+                    sum(float((q * g).sum()) for q, g in zip(direction, mine, strict=True)) / denominator
+                    for direction in directions
+                ]
             q_own = sensitivity(optimizer, net, mine)
             own[step, row] = sum(float((q * g).sum()) for q, g in zip(q_own, mine, strict=True)) / denominator
 
@@ -120,6 +121,37 @@ def test_signals_equal_a_naive_loop(tmp_path: Path, name: str, refresh: int) -> 
     np.testing.assert_allclose(selfs["self"].to_numpy(), expected_own, rtol=1e-6, atol=1e-12)
     assert run.steps()["residual"].max() < 1e-13  # pyright: ignore[reportOperatorIssue]
     assert run.manifest["largest_residual"] == run.steps()["residual"].max()
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_self_influence_of_all_samples_and_the_influence_relative_to_it(tmp_path: Path, name: str) -> None:
+    """At the middles of three parts of the run, against a loop; μ is divided by the length that they add up to."""
+    plan = plan_of(optimizer=OPTIMIZERS[name])
+    net = model(2)
+    run = record(tmp_path / "run", net, optimizer=plan.optimizer, self_influence="all")
+    plain = model(2)
+    _, own = naive_signals(plan, 1, plain)
+    assert torch.equal(parameters(net), parameters(plain))
+    frame = run.signals(table="self").collect()
+    steps = plan.steps(N)
+    assert sorted(frame["step"].unique()) == [steps // 6, steps // 2, 5 * steps // 6]
+    assert frame.height == 3 * N
+    expected = [own[step, sample] for step, sample in frame.select("step", "sample").iter_rows()]
+    np.testing.assert_allclose(frame["self"].to_numpy(), expected, rtol=1e-6, atol=1e-12)
+    table = run.influence("first", relative=True)
+    assert table.drop("relative").equals(run.influence("first"))
+    lengths = np.sqrt([-sum(own[step, row] for step in frame["step"].unique()) for row in range(N)])
+    relative = table["mu"].to_numpy() * np.sqrt(np.median(lengths**2)) / lengths
+    np.testing.assert_allclose(table["relative"].to_numpy(), relative, rtol=1e-6)
+    with pytest.raises(InputError, match="one of single samples"):
+        run.influence("first", groups="sample", relative=True)
+    with pytest.raises(InputError, match="is not relative"):
+        run.influence("self", relative=True)
+
+
+def test_relative_influence_asks_for_self_influence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no self-influence; record it with train"):
+        record(tmp_path / "run").influence("first", relative=True)
 
 
 def test_panel_signals_are_those_of_the_batch_where_both_exist(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,22 @@ def test_rules_choose_what_they_say(run: fi.Run) -> None:
     assert clean(run, "validation", top="recommended").dropped.height == removal_curve(run, "validation").recommended
 
 
+def test_the_strongest_by_relative_influence(folder: Path) -> None:
+    run = record(folder / "relative", self_influence="all")
+    frame = run.influence("validation", alternative="harmful", relative=True)
+    cleaning = clean(run, "validation", top=6, relative=True)
+    assert cleaning.dropped["sample"].to_list() == frame.sort("relative")["sample"][:6].to_list()
+    assert set(cleaning.dropped["sample"]) != set(frame.sort("mu")["sample"][:6])
+    assert "by relative influence, significant or not" in str(cleaning)
+    assert "one of the strongest 6 by relative influence" in cleaning.dropped["reason"][0]
+    words = ("score", str(run.directory), "--relative", "--effect", "supporting", "--top", "1")
+    code = "from finfluence.cli import main; main()"
+    shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout
+    assert "relative to the gradient's length, most supporting first" in shown
+    assert "relative μ" in shown
+    assert str(frame.sort("relative")["sample"][-1]) in shown
+
+
 def test_whole_groups_are_dropped_and_rows_without_a_group_stay(run: fi.Run) -> None:
     cleaning = clean(run, "validation", group="origin")
     table = run.samples()
@@ -270,6 +288,10 @@ def test_a_run_without_a_file_gives_its_sample_table(folder: Path, tmp_path: Pat
         ({"correction": "bonferroni"}, "bh or by"),
         ({"group": "nope"}, "unknown group column 'nope'; the sample table has origin"),
         ({"group": "origin", "top": "recommended"}, "single rows"),
+        ({"relative": True}, "give a number of rows"),
+        ({"relative": True, "top": "recommended"}, "give a number of rows"),
+        ({"relative": True, "top": 3, "group": "origin"}, "single rows"),
+        ({"relative": True, "top": 3}, "has no self-influence"),
     ],
 )
 def test_bad_rules_say_what_to_do(run: fi.Run, options: dict[str, object], message: str) -> None:

@@ -19,6 +19,7 @@ _NUMBERS = {
     "q_value": ("q", "{:.3f}"),
     "p_value": ("p", "{:.3f}"),
     "se": ("se", "{:.2f}"),
+    "relative": ("relative μ", "{:+.2f}"),
 }
 
 

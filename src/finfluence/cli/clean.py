@@ -39,6 +39,9 @@ def clean(
     correction: Annotated[
         str, typer.Option(help="bh (Benjamini-Hochberg), or by (Benjamini-Yekutieli: any dependence).")
     ] = "bh",
+    relative: Annotated[
+        bool, typer.Option(help="With --top K: the strongest by relative influence, which are about the query.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Copy of the training file, if it is not where it was.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of that file that names samples.")] = None,
 ) -> None:
@@ -70,6 +73,7 @@ def clean(
         correction=cast(Any, correction),
         data=file,
         id_column=id_column,
+        relative=relative,
     )
     written = cleaning.write(output)
     print(SIGN_CONVENTION)

@@ -66,6 +66,10 @@ def score(
     format: Annotated[str, typer.Option(help="table, csv, json (lines) or parquet.")] = "table",
     top: Annotated[int, typer.Option(help="Rows of the table; other formats have all rows.")] = 20,
     sensitivity: Annotated[str, typer.Option(help="run, or live for the live signals beside a replay.")] = "run",
+    relative: Annotated[
+        bool, typer.Option(help="Also μ at the median length of gradient, and sort by it: rows about the query first.")
+    ] = False,
+    effect: Annotated[str, typer.Option(help="Which rows come first: harmful, or supporting.")] = "harmful",
 ) -> None:
     """Influence of every sample, of groups, or of one subset, in units of training noise.
 
@@ -73,6 +77,8 @@ def score(
     """
     if format not in ("table", "csv", "json", "parquet"):
         raise InputError(f"unknown format {format!r}; choose table, csv, json or parquet")
+    if effect not in ("harmful", "supporting"):
+        raise InputError(f"unknown effect {effect!r}; choose harmful or supporting")
     opened = open_run(run)
     name = choose_query(opened, query)
     if subset is not None and group is not None:
@@ -84,6 +90,7 @@ def score(
         groups=group,
         estimator=cast(RunEstimator, estimator),
         sensitivity=cast(Any, sensitivity),
+        relative=relative,
     )
     if format != "table":
         write_frame(frame, cast(Format, format))
@@ -93,9 +100,13 @@ def score(
         frame = frame.join(about, on="sample", how="left", maintain_order="left")
     if group is not None and (blank := opened.samples()[group].null_count()):
         print(f"{blank} samples have no {group!r} and are in no group.", file=sys.stderr)
-    ordered = frame.sort("mu", nulls_last=True)
+    order = "relative" if relative else "mu"
+    if relative:
+        frame = frame.select("sample", "relative", pl.exclude("sample", "relative"))
+    ordered = frame.sort(order, descending=effect == "supporting", nulls_last=True)
     print(SIGN_CONVENTION)
-    print_table(ordered.head(top), title=f"Influence on {name!r}, most harmful first")
+    of = ", relative to the gradient's length" if relative else ""
+    print_table(ordered.head(top), title=f"Influence on {name!r}{of}, most {effect} first")
     if frame.height > top:
         print(
             f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.",

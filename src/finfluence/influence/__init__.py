@@ -27,6 +27,7 @@ from finfluence.influence.noise import (
     with_replacement_noise,
 )
 from finfluence.influence.pooling import pool, pool_estimates
+from finfluence.influence.relative import relative_influence
 from finfluence.influence.self_influence import self_influence
 from finfluence.influence.shift import (
     Budget,
@@ -91,6 +92,7 @@ __all__ = [
     "pool",
     "pool_estimates",
     "q_values",
+    "relative_influence",
     "report",
     "sample_estimates",
     "self_influence",

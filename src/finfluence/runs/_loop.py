@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ class RecordingLoop:
         panel: the noise panel evaluated on the way; None for none.
         watched: subsets whose observations are recorded; None for none.
         own: records self-influence; None for none.
+        own_steps: steps at which that of every sample is recorded; None for every step's own samples.
         names: (n,) ids of the dataset's rows.
         interval: steps between checkpoints.
     """
@@ -46,12 +48,14 @@ class RecordingLoop:
         panel: NoisePanel | None,
         watched: WatchedSubsets | None,
         own: SelfSignals | None,
+        own_steps: Collection[int] | None = None,
         names: np.ndarray,
         interval: int,
     ) -> None:
         self.engine, self.writer, self.recorder, self.keep = engine, writer, recorder, keep
         self.directory, self.states = directory, StateStore(directory)
         self.panel, self.watched, self.own, self.names, self.interval = panel, watched, own, names, interval
+        self.own_steps = own_steps
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
         self._per_epoch = engine.plan.sampler.steps_per_epoch(engine.n, engine.plan.batch_size)
 
@@ -98,11 +102,18 @@ class RecordingLoop:
     def _step(self, batch: Batch) -> None:
         # Sensitivities depend on this step's learning rate, and are taken before its forward pass.
         self.engine.set_learning_rate(batch.step)
-        own = None if self.own is None else self.own.values(batch)
+        judged = self._judged(batch)
+        own = None if self.own is None or judged is None else self.own.values(judged)
         result = self._bare_step(batch) if self.recorder is None else self._recorded_step(batch, self.recorder)
-        if own is not None:
-            names = self.names[batch.indices]
+        if own is not None and judged is not None:
+            names = self.names[judged.indices]
             self.writer.append_table("self", batch.step, samples=names, values=own * result.clip_factor)
+
+    def _judged(self, batch: Batch) -> Batch | None:
+        """The samples whose self-influence is recorded at a step, as a batch of its weights."""
+        if self.own_steps is None:
+            return batch
+        return batch._replace(indices=np.arange(self.engine.n)) if batch.step in self.own_steps else None
 
     def _recorded_step(self, batch: Batch, recorder: Recorder) -> StepResult:
         directions = recorder.begin_step(self.names[batch.indices], epoch=batch.epoch, position=batch.position)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError, ReplayError
@@ -19,6 +20,7 @@ from finfluence.influence import (
     SampleIndex,
     attach,
     metadata,
+    relative_influence,
     self_influence,
     two_stage_samples,
     two_stage_subsets,
@@ -27,7 +29,7 @@ from finfluence.influence import (
 from finfluence.influence import pool as pool_frames
 from finfluence.runs._adjoints import read_adjoints
 from finfluence.runs.estimates import Shifts, influence_table
-from finfluence.signals import SELF, SignalStore, SignalTable, arrays, open_folder
+from finfluence.signals import SELF, SignalArrays, SignalStore, SignalTable, arrays, open_folder
 from finfluence.tradeoff import SIGN_CONVENTION
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Run:
         budget: Budget | None = None,
         shifts: Shifts = "kriged",
         path_noise: float | None = None,
+        relative: bool = False,
     ) -> pl.DataFrame:
         """Influence on a query: one row a sample, or a subset, or a group.
 
@@ -96,7 +99,7 @@ class Run:
 
         Args:
             query: name of a recorded query; "self" for every sample's influence on its own loss, recorded with
-                train(self_influence="record").
+                train(self_influence="record" or "all").
             subsets: ids of each subset by name; names alone, as a sequence, for subsets watched at recording.
             groups: column of the sample table to group by.
             estimator: "gaussian" (shift over noise), "tracin" (plain sum, units of the measurement), or f-INE's
@@ -113,9 +116,13 @@ class Run:
             path_noise: what standard errors count for the path, which would be another in a rerun: a multiple of the
                 error from where batches held the samples. By default 1 for replayed signals under SGD and 2 under
                 Adam; 0 makes them conditional on this run's path.
+            relative: adds the column `relative`, μ at the median length of gradient (see
+                `finfluence.influence.relative_influence`): rows that are about the query come first by it, where μ also
+                puts those first that weigh much in everything. For single samples of a run with self-influence.
 
         Returns:
-            Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value.
+            Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value, and
+            relative where it was asked for.
 
         Raises:
             InputError: unknown query, estimator or column; a subset that is empty, the whole set, or names unknown ids.
@@ -123,11 +130,30 @@ class Run:
         """
         reporting = Reporting(level=level, alternative=alternative, correction=correction)
         if query == SELF:
-            if subsets is not None or groups is not None or estimator != "gaussian":
+            if subsets is not None or groups is not None or estimator != "gaussian" or relative:
                 raise InputError(
-                    'query "self" scores single samples on their own loss; it takes no subsets, groups or estimator'
+                    'query "self" scores single samples on their own loss; it takes no subsets, groups or estimator, '
+                    "and is not relative"
                 )
             return self._self_influence(reporting)
+        if relative:
+            if subsets is not None or groups is not None:
+                raise InputError("relative influence is one of single samples; leave out subsets and groups")
+            own = self._self_signals()
+            frame = self.influence(
+                query,
+                estimator=estimator,
+                sensitivity=sensitivity,
+                level=level,
+                alternative=alternative,
+                correction=correction,
+                budget=budget,
+                shifts=shifts,
+                path_noise=path_noise,
+            )
+            lengths = -np.bincount(own.codes, own.values, minlength=frame.height)
+            ratio = pl.Series("relative", relative_influence(frame["mu"].fill_null(np.nan).to_numpy(), lengths))
+            return attach(frame.with_columns(ratio.fill_nan(None)), **metadata(frame))
         self.store.check_query(query)
         if estimator not in get_args(RunEstimator):
             raise InputError(f"unknown estimator {estimator!r}; choose one of {', '.join(get_args(RunEstimator))}")
@@ -259,12 +285,15 @@ class Run:
     def _watched_sizes(self) -> dict[str, int]:
         return {name: len(members) for name, members in self.manifest.get("watch", {}).items()}
 
-    def _self_influence(self, reporting: Reporting) -> pl.DataFrame:
+    def _self_signals(self) -> SignalArrays:
         if not self.store.has("self"):
             raise InputError(
-                f'{self.directory} has no self-influence; record it with train(..., self_influence="record")'
+                f'{self.directory} has no self-influence; record it with train(..., self_influence="record"), or "all"'
             )
-        own = arrays(self.store, SELF, table="self")
+        return arrays(self.store, SELF, table="self")
+
+    def _self_influence(self, reporting: Reporting) -> pl.DataFrame:
+        own = self._self_signals()
         index = SampleIndex(self.samples()["sample"])
         # under SGD every self-signal has one sign, so 0 would be rejected for all samples
         return self_influence(

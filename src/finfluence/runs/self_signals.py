@@ -9,7 +9,7 @@ about the cost of another training step, and memory for a chunk of gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from finfluence.sensitivity import from_torch, learning_rates, live_direction
 CHUNK_BYTES = 1 << 28
 
 Gradients = dict[str, Tensor]
+SelfInfluence = Literal["none", "record", "all"]
+
+_PARTS = 3
+
+
+def self_steps(total_steps: int) -> frozenset[int]:
+    """The steps at which self_influence="all" looks at every sample: the middles of three equal parts of the run."""
+    return frozenset(total_steps * (2 * part + 1) // (2 * _PARTS) for part in range(_PARTS))
 
 
 class SelfSignals:

@@ -31,7 +31,7 @@ from finfluence.runs.replay_plan import ReplayOptions
 from finfluence.runs.replaying import replay
 from finfluence.runs.run import Run, open_run
 from finfluence.runs.sampling import Sampler, SamplerKind
-from finfluence.runs.self_signals import SelfSignals
+from finfluence.runs.self_signals import SelfInfluence, SelfSignals, self_steps
 from finfluence.runs.tasks import Task, measurement
 from finfluence.runs.watch import Auxiliary, WatchedSubsets
 from finfluence.signals import (
@@ -86,7 +86,7 @@ def train(
     ids: Any = None,
     watch: Mapping[str, Any] | None = None,
     auxiliary: Auxiliary = "none",
-    self_influence: Literal["record", "none"] = "none",
+    self_influence: SelfInfluence = "none",
     collate: Collate | None = None,
     checkpoint_every: int | None = None,
     replay_options: ReplayOptions | None = None,
@@ -125,8 +125,10 @@ def train(
             test; each costs a forward and backward pass over the subset a step. Live sensitivities only.
         auxiliary: "train" also trains a model on the data without each watched subset and records its signals, for the
             differences in differences of that test.
-        self_influence: "record" also records each sample's signal on its own loss, for run.influence("self"); a pass of
-            per-sample gradients over the batch, about the cost of another training step.
+        self_influence: "record" also records each sample's signal on its own loss where batches hold it, for
+            run.influence("self"); a pass of per-sample gradients over the batch, about the cost of another training
+            step. "all" records that of every sample at three steps of the run instead, for
+            run.influence(query, relative=True) after few epochs.
         collate: makes a batch of a list of samples.
         checkpoint_every: steps between stored states; about the square root of the number of steps by default.
         replay_options: damping, Hessian-vector products and memory of the replay.
@@ -147,7 +149,7 @@ def train(
     """
     _check_choice("sensitivity", sensitivity, get_args(SensitivityKind))
     _check_choice("signals", signals, get_args(SignalKind))
-    _check_choice("self_influence", self_influence, ("record", "none"))
+    _check_choice("self_influence", self_influence, get_args(SelfInfluence))
     plan = Plan(
         optimizer=optimizer,
         epochs=epochs,
@@ -226,7 +228,8 @@ def train(
                 recorder=recorder,
                 panel=live_panel,
                 watched=watched,
-                own=SelfSignals(engine) if self_influence == "record" else None,
+                own=None if self_influence == "none" else SelfSignals(engine),
+                own_steps=self_steps(engine.total_steps) if self_influence == "all" else None,
                 names=names,
                 interval=interval,
             )

@@ -39,6 +39,8 @@ class Rule:
             only its one-sided lower confidence bound: G_{bound}(α) ≤ β (arXiv 2510.10510, Def. 2.4).
         correction: of the q-values: "bh", or "by" under any dependence.
         level: of the intervals, and of the budget's one-sided bound.
+        relative: with a number of rows as `top`: the strongest by their relative influence (see `Run.influence`), which
+            are about the query, rather than by μ, by which rows that weigh much in everything come first, too.
     """
 
     fdr: float | None = None
@@ -46,8 +48,11 @@ class Rule:
     budget: tuple[float, float] | None = None
     correction: Correction = "bh"
     level: float = 0.95
+    relative: bool = False
 
     def __post_init__(self) -> None:
+        if self.relative and not isinstance(self.top, int):
+            raise InputError("relative influence ranks and has no error rate; give a number of rows, top=K, with it")
         given = [name for name in ("fdr", "top", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"give one rule for what to drop, not {' and '.join(given)}")
@@ -78,7 +83,8 @@ class Rule:
         if self.top == "recommended":
             return f"The most {effect} rows for {query!r} that stand out (recommended cut): {size}."
         if self.top is not None:
-            return f"The most {effect} for {query!r} by their estimates, significant or not: {size}."
+            by = "relative influence" if self.relative else "their estimates"
+            return f"The most {effect} for {query!r} by {by}, significant or not: {size}."
         return f"{effect.capitalize()} for {query!r} {self._threshold}: {size}."
 
     @property
@@ -101,7 +107,7 @@ class Rule:
         """
         from scipy.special import ndtri
 
-        strength = sign * frame["mu"].to_numpy()
+        strength = sign * frame["relative" if self.relative else "mu"].to_numpy()
         known = np.flatnonzero(np.isfinite(strength))
         order = known[np.argsort(-strength[known], kind="stable")]
         if self.top is not None:
@@ -118,7 +124,8 @@ class Rule:
         if self.budget is not None:
             return f"|mu| above the error budget {self.budget[0]:g}/{self.budget[1]:g}"
         if self.top is not None:
-            return "recommended cut" if self.top == "recommended" else f"one of the strongest {self.top}"
+            strongest = f"one of the strongest {self.top}{' by relative influence' if self.relative else ''}"
+            return "recommended cut" if self.top == "recommended" else strongest
         return f"q = {row['q_value']:.2g} <= {self.fdr:.3g}"
 
 
@@ -220,6 +227,7 @@ def clean(
     level: float = 0.95,
     data: str | os.PathLike[str] | None = None,
     id_column: str | None = None,
+    relative: bool = False,
 ) -> Cleaning:
     """Chooses the rows to leave out, and predicts what leaving them out together does.
 
@@ -235,14 +243,17 @@ def clean(
         level: of intervals and of the budget's bound.
         data: file to cut instead of the one that the run was trained on.
         id_column: column of that file that names samples.
+        relative: see `Rule`; of a run with self-influence.
 
     Raises:
         InputError: an unknown query, effect or column, a rule that cannot be used, or one that leaves no rows.
     """
-    rule = Rule(fdr=fdr, top=top, budget=budget, correction=correction, level=level)
+    rule = Rule(fdr=fdr, top=top, budget=budget, correction=correction, level=level, relative=relative)
+    if relative and group is not None:
+        raise InputError("relative influence is one of single rows; leave out the group")
     if group is not None and rule.top == "recommended":
         raise InputError("the recommended cut is one of single rows; give a number of groups, or an error rate")
-    selection = Selection.of(run, query, effect=effect, correction=correction, level=level)
+    selection = Selection.of(run, query, effect=effect, correction=correction, level=level, relative=relative)
     samples = run.samples()
     about = samples.drop([c for c in (CONTENT, "mu", "ci_low", "ci_high", "q_value", "reason") if c in samples.columns])
     notes: tuple[str, ...] = ()

@@ -207,7 +207,8 @@ class SensitivitySection(Section):
         hessian: Hessian-vector products of the replay; finite differences need no double backward.
         damping: κ of the damped Adam adjoint; the library's own by default.
         checkpoint_every: steps between states; about the square root of the number of steps by default.
-        self_influence: "record" also records each sample's influence on its own loss.
+        self_influence: "record" also records each sample's influence on its own loss where batches hold it, "all" that
+            of every sample at three steps, for relative influence after few epochs.
     """
 
     kind: Literal["live", "replay", "both"] = "live"
@@ -217,7 +218,7 @@ class SensitivitySection(Section):
     hessian: Literal["one-sided", "central", "exact", "auto"] = "one-sided"
     damping: Annotated[float, Field(ge=0)] | None = None
     checkpoint_every: Positive | None = None
-    self_influence: Literal["none", "record"] = "none"
+    self_influence: Literal["none", "record", "all"] = "none"
 
 
 class Configuration(Section):

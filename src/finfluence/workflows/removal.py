@@ -52,16 +52,23 @@ class Selection:
 
     @classmethod
     def of(
-        cls, run: Run, query: str, *, effect: Effect, correction: Correction = "bh", level: float = 0.95
+        cls,
+        run: Run,
+        query: str,
+        *,
+        effect: Effect,
+        correction: Correction = "bh",
+        level: float = 0.95,
+        relative: bool = False,
     ) -> Selection:
-        """Asks the run.
+        """Asks the run, for relative influence too if told so.
 
         Raises:
             InputError: an unknown query or effect.
         """
         if effect not in ("harmful", "supporting"):
             raise InputError(f"unknown effect {effect!r}; choose harmful or supporting")
-        frame = run.influence(query, alternative=effect, correction=correction, level=level)
+        frame = run.influence(query, alternative=effect, correction=correction, level=level, relative=relative)
         return cls(run, query, effect, frame)
 
     @property
