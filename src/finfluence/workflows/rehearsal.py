@@ -24,6 +24,7 @@ from finfluence.runs._trajectory import kept_vectors
 from finfluence.runs.data import query_batches
 from finfluence.runs.engine import isolated_rng
 from finfluence.runs.replay_plan import ReplayPlan
+from finfluence.runs.self_signals import self_steps
 from finfluence.runs.states import training_state
 from finfluence.runs.tasks import measurement
 from finfluence.runs.training import checkpoint_interval
@@ -126,6 +127,8 @@ def _rehearse(work: FineTuning, engine: Engine, panel: NoisePanel) -> Rehearsal:
     training = total * step + (math.ceil(total / options.refresh) * query_seconds if live else 0.0)
     if options.kind == "live":
         training += evaluations / plan.batch_size * step
+    own = {"none": 0, "record": total * plan.batch_size, "all": len(self_steps(total)) * engine.n}
+    training += own[options.self_influence] / plan.batch_size * step
     interval = checkpoint_interval(total, refresh=options.refresh, every=options.checkpoint_every)
     cuts = [*range(0, total, interval), total]
     replay = None if options.kind == "live" else _replay(work, engine, cuts=cuts, evaluations=evaluations, step=step)
