@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from finfluence.errors import InputError
-from finfluence.influence import detection, relative_influence
+from finfluence.influence import detection, relative_influence, squared_lengths
 
 
 def test_the_median_length_keeps_its_mu_and_what_has_no_length_has_no_score():
@@ -25,6 +25,14 @@ def test_it_ranks_by_direction_where_lengths_differ():
     relative = relative_influence(mu, own)
     assert np.array_equal(np.argsort(relative), np.argsort(cosine))
     assert detection(relative, planted).average_precision > detection(mu, planted).average_precision + 0.3
+
+
+def test_lengths_are_relative_to_each_period():
+    """A period at a hundred times the learning rate says no more than another; a silent one says nothing."""
+    found = squared_lengths(
+        [0, 1, 0, 1, 0, 1], [-1.0, -3.0, -100.0, -300.0, 0.0, 0.0], period=[0, 0, 1, 1, 2, 2], n_samples=3
+    )
+    np.testing.assert_allclose(found, [1.0, 3.0, 0.0])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,10 @@ def test_signals_equal_a_naive_loop(tmp_path: Path, name: str, refresh: int) -> 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_self_influence_of_all_samples_and_the_influence_relative_to_it(tmp_path: Path, name: str) -> None:
-    """At the middles of three parts of the run, against a loop; μ is divided by the length that they add up to."""
+    """At the middles of three parts of the run, against a loop; μ is divided by the length that they add up to.
+
+    Each step counts relative to its mean, so that a high learning rate does not make its step the whole of the length.
+    """
     plan = plan_of(optimizer=OPTIMIZERS[name])
     net = model(2)
     run = record(tmp_path / "run", net, optimizer=plan.optimizer, self_influence="all")
@@ -140,13 +143,28 @@ def test_self_influence_of_all_samples_and_the_influence_relative_to_it(tmp_path
     np.testing.assert_allclose(frame["self"].to_numpy(), expected, rtol=1e-6, atol=1e-12)
     table = run.influence("first", relative=True)
     assert table.drop("relative").equals(run.influence("first"))
-    lengths = np.sqrt([-sum(own[step, row] for step in frame["step"].unique()) for row in range(N)])
+    means = {step: np.mean([own[step, row] for row in range(N)]) for step in frame["step"].unique()}
+    lengths = np.sqrt([sum(own[step, row] / mean for step, mean in means.items()) for row in range(N)])
     relative = table["mu"].to_numpy() * np.sqrt(np.median(lengths**2)) / lengths
     np.testing.assert_allclose(table["relative"].to_numpy(), relative, rtol=1e-6)
     with pytest.raises(InputError, match="one of single samples"):
         run.influence("first", groups="sample", relative=True)
     with pytest.raises(InputError, match="is not relative"):
         run.influence("self", relative=True)
+
+
+def test_relative_influence_from_the_self_signals_of_batches(tmp_path: Path) -> None:
+    """Every epoch has every sample once, and counts relative to its own mean."""
+    plan = plan_of()
+    run = record(tmp_path / "run", model(2), optimizer=plan.optimizer, self_influence="record")
+    frame = run.signals(table="self").collect().join(run.steps().select("step", "epoch"), on="step")
+    means = dict(frame.group_by("epoch").agg(pl.col("self").mean()).iter_rows())
+    lengths = np.zeros(N)
+    for sample, value, epoch in frame.select("sample", "self", "epoch").iter_rows():
+        lengths[sample] += value / means[epoch]
+    table = run.influence("first", relative=True)
+    expected = table["mu"].to_numpy() * np.sqrt(np.median(lengths) / lengths)
+    np.testing.assert_allclose(table["relative"].to_numpy(), expected, rtol=1e-5)
 
 
 def test_relative_influence_asks_for_self_influence(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from finfluence.influence.noise import (
     with_replacement_noise,
 )
 from finfluence.influence.pooling import pool, pool_estimates
-from finfluence.influence.relative import relative_influence
+from finfluence.influence.relative import relative_influence, squared_lengths
 from finfluence.influence.self_influence import self_influence
 from finfluence.influence.shift import (
     Budget,
@@ -98,6 +98,7 @@ __all__ = [
     "self_influence",
     "shuffled_noise",
     "spread",
+    "squared_lengths",
     "subset_estimates",
     "successive_noise",
     "top_sets",

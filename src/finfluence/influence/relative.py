@@ -4,7 +4,30 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from finfluence.errors import InputError
-from finfluence.influence._arrays import Floats
+from finfluence.influence._arrays import Floats, bin_sums
+
+
+def squared_lengths(code: ArrayLike, value: ArrayLike, *, period: ArrayLike, n_samples: int) -> Floats:
+    """Return each sample's squared length of gradient from its self-signals, as a multiple of the average sample's.
+
+    A self-signal is lr·‖∇ℓ_i‖² in the optimizer's metric, up to its sign. Learning rate and metric change over a run by
+    orders of magnitude, so every period, in which each sample was looked at, counts by what is relative in it.
+
+    Args:
+        code: (n_signals,) sample codes in 0 … n_samples − 1.
+        value: (n_signals,) self-signals.
+        period: (n_signals,) integers ≥ 0, e.g. the step where every step has all samples, else the epoch.
+        n_samples: number of samples, n.
+
+    Returns:
+        (n,) sums over periods; 0 for samples without signals.
+    """
+    codes, periods = np.asarray(code, dtype=np.int64), np.asarray(period, dtype=np.int64)
+    sizes = np.abs(np.asarray(value, dtype=np.float64))
+    _, place = np.unique(periods, return_inverse=True)
+    means = np.bincount(place, sizes) / np.maximum(np.bincount(place), 1)
+    average = means[place]
+    return bin_sums(codes, np.divide(sizes, average, out=np.zeros_like(sizes), where=average > 0), n_samples)
 
 
 def relative_influence(mu: ArrayLike, own: ArrayLike) -> Floats:
@@ -21,7 +44,7 @@ def relative_influence(mu: ArrayLike, own: ArrayLike) -> Floats:
 
     Args:
         mu: (n,) influence on the query.
-        own: (n,) self-influence s_i ≥ 0, in any unit.
+        own: (n,) self-influence s_i ≥ 0, in any unit, see `squared_lengths`.
 
     Returns:
         (n,) in the unit of μ; NaN where μ is not known or s_i is not positive.

@@ -22,6 +22,7 @@ from finfluence.influence import (
     metadata,
     relative_influence,
     self_influence,
+    squared_lengths,
     two_stage_samples,
     two_stage_subsets,
     watched_frame,
@@ -151,9 +152,7 @@ class Run:
                 shifts=shifts,
                 path_noise=path_noise,
             )
-            lengths = -np.bincount(own.codes, own.values, minlength=frame.height)
-            ratio = pl.Series("relative", relative_influence(frame["mu"].fill_null(np.nan).to_numpy(), lengths))
-            return attach(frame.with_columns(ratio.fill_nan(None)), **metadata(frame))
+            return self._with_relative(frame, own)
         self.store.check_query(query)
         if estimator not in get_args(RunEstimator):
             raise InputError(f"unknown estimator {estimator!r}; choose one of {', '.join(get_args(RunEstimator))}")
@@ -291,6 +290,16 @@ class Run:
                 f'{self.directory} has no self-influence; record it with train(..., self_influence="record"), or "all"'
             )
         return arrays(self.store, SELF, table="self")
+
+    def _with_relative(self, frame: pl.DataFrame, own: SignalArrays) -> pl.DataFrame:
+        """An influence frame of all samples with the column `relative`."""
+        period = own.steps
+        if self.manifest.get("self_influence") != "all":  # a step has its batch alone, an epoch everyone
+            table = self.store.steps().select("step", "epoch").sort("step").collect()
+            period = table["epoch"].to_numpy()[np.searchsorted(table["step"].to_numpy(), own.steps)]
+        lengths = squared_lengths(own.codes, own.values, period=period, n_samples=frame.height)
+        ratio = pl.Series("relative", relative_influence(frame["mu"].fill_null(np.nan).to_numpy(), lengths))
+        return attach(frame.with_columns(ratio.fill_nan(None)), **metadata(frame))
 
     def _self_influence(self, reporting: Reporting) -> pl.DataFrame:
         own = self._self_signals()
