@@ -8,6 +8,7 @@ also tells how large a sample's signals are and how they vary, so that the panel
 panel's luck in its samples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -226,35 +227,39 @@ class _Predicted:
     unseen_form: Floats
 
     @classmethod
-    def solve(cls, seen: _Seen, curves: Floats, *, sums: Floats, inner: Floats | None, nugget: float) -> "_Predicted":
-        """Predict k samples from r centred curves.
+    def solve(
+        cls, seen: _Seen, around: Floats, *, sums: Floats, inner: Floats | None, dof: int, nugget: float
+    ) -> "_Predicted":
+        """Predict k samples from r centred curves, which may be others for each of them.
 
         Args:
             seen: of the k samples.
-            curves: (r, T).
-            sums: (r,) their totals.
-            inner: (r, r) the product of curves that gives Q; None leaves the forms zero, which takes half the time.
+            around: (k, r, E) the curves where each sample was seen.
+            sums: (k, r) or (1, r) their totals.
+            inner: (k, r, r) or (1, r, r) the product of curves that gives Q; None leaves the forms zero, which takes
+                half the time.
+            dof: degrees of freedom of the curves.
             nugget: ν.
         """
-        width, dof = seen.steps.shape[1], len(sums) - 1
+        width = seen.steps.shape[1]
         used = np.arange(width) < seen.count[:, None]
-        around = np.where(used[:, None, :], curves[:, seen.steps].swapaxes(0, 1), 0.0)
+        around = np.where(used[:, None, :], around, 0.0)
         covariance = around.swapaxes(1, 2) @ around / dof
         diagonal = np.diagonal(covariance, axis1=1, axis2=2)
         # the floor keeps a step at which no signal differs from making the system singular
         floor = 1e-12 * diagonal.max(axis=1, keepdims=True) + 1e-300
         covariance[:, np.arange(width), np.arange(width)] += np.where(used, nugget * diagonal + floor, 1.0)
-        along = np.einsum("kre,r->ke", around, sums) / dof
+        along = (around.swapaxes(1, 2) @ sums[:, :, None])[:, :, 0] / dof
         weights, gain = np.moveaxis(np.linalg.solve(covariance, np.stack([seen.values, along], axis=2)), 2, 0)
         seen_form, unseen_form = np.zeros((2, len(weights)))
         if inner is not None:
-            shares = np.einsum("kre,ke->kr", around, weights) / dof
-            seen_form = ((shares @ inner) * shares).sum(axis=1)
+            shares = around @ weights[:, :, None] / dof
+            seen_form = (inner @ shares * shares).sum(axis=(1, 2))
             explained = (np.linalg.solve(covariance, around.swapaxes(1, 2) @ inner) * around.swapaxes(1, 2)).sum((1, 2))
-            unseen_form = np.maximum(np.trace(inner) / dof - explained / dof**2, 0.0)
+            unseen_form = np.maximum(np.trace(inner, axis1=1, axis2=2) / dof - explained / dof**2, 0.0)
         return cls(
             total=(weights * along).sum(axis=1),
-            slope=(gain * along).sum(axis=1) / float(sums @ sums / dof),
+            slope=(gain * along).sum(axis=1) / ((sums**2).sum(axis=1) / dof),
             square=(weights * seen.values).sum(axis=1),
             seen_form=seen_form,
             unseen_form=unseen_form,
@@ -319,40 +324,44 @@ class _Kriging:
     def _left_out(self, mine: _Seen, nugget: float, *, forms: bool) -> _Predicted:
         """Predict the panel's own samples, every one from the others."""
         curves, m = self.curves, len(self.curves.sums)
-        rows: list[_Predicted] = []
-        for j in range(m):
-            rest = np.arange(m) != j
-            # The others' mean is the centre, and all m sum to zero: curve_i + curve_j/(m − 1).
-            inner = None
-            if forms:
-                cross, own = curves.inner[rest, j] / (m - 1), curves.inner[j, j] / (m - 1) ** 2
-                inner = curves.inner[rest][:, rest] + cross[:, None] + cross[None, :] + own
-            rows.append(
-                _Predicted.solve(
-                    mine.rows(slice(j, j + 1)),
-                    curves.values[rest] + curves.values[j] / (m - 1),
-                    sums=curves.sums[rest] + curves.sums[j] / (m - 1),
-                    inner=inner,
-                    nugget=nugget,
-                )
-            )
-        return _joined(rows)
+
+        def others(own: Ints) -> tuple[Floats, Floats, Floats | None]:
+            # The others' mean is the centre, and all m sum to zero: curve_i + curve_j/(m − 1). The own curve is zero.
+            share = (np.arange(m) != own[:, None]) / (m - 1)
+            around = curves.values[:, mine.steps[own]].swapaxes(0, 1)
+            around[np.arange(len(own)), own] = 0.0
+            around += share[:, :, None] * curves.values[own[:, None], mine.steps[own]][:, None, :]
+            sums = np.where(share > 0, curves.sums, 0.0) + share * curves.sums[own, None]
+            if not forms:
+                return around, sums, None
+            cross, square = curves.inner[own], np.diagonal(curves.inner)[own]
+            pairs = (share > 0)[:, :, None] & (share > 0)[:, None, :]
+            inner = curves.inner + (cross[:, :, None] + cross[:, None, :]) / (m - 1)
+            return around, sums, np.where(pairs, inner + square[:, None, None] / (m - 1) ** 2, 0.0)
+
+        return self._in_chunks(mine, others, dof=m - 2, nugget=nugget)
 
     def _predict(self, seen: _Seen, nugget: float) -> _Predicted:
-        curves, (n, width) = self.curves, seen.steps.shape
-        chunk = max(1, _CHUNK_BYTES // (8 * width * max(len(curves.sums), width)))
-        return _joined(
-            [
-                _Predicted.solve(
-                    seen.rows(slice(start, start + chunk)),
-                    curves.values,
-                    sums=curves.sums,
-                    inner=curves.inner,
-                    nugget=nugget,
-                )
-                for start in range(0, n, chunk)
-            ]
-        )
+        curves = self.curves
+
+        def everyone(own: Ints) -> tuple[Floats, Floats, Floats | None]:
+            return curves.values[:, seen.steps[own]].swapaxes(0, 1), curves.sums[None], curves.inner[None]
+
+        return self._in_chunks(seen, everyone, dof=len(curves.sums) - 1, nugget=nugget)
+
+    def _in_chunks(
+        self, seen: _Seen, known: Callable[[Ints], tuple[Floats, Floats, Floats | None]], *, dof: int, nugget: float
+    ) -> _Predicted:
+        """Predict samples, as many at a time as the memory is for, from what is known for their positions in `seen`."""
+        n, width = seen.steps.shape
+        m = len(self.curves.sums)
+        chunk = max(1, _CHUNK_BYTES // (8 * max(m, width) ** 2))
+        parts = []
+        for start in range(0, n, chunk):
+            around, sums, inner = known(np.arange(start, min(start + chunk, n)))
+            rows = seen.rows(slice(start, start + chunk))
+            parts.append(_Predicted.solve(rows, around, sums=sums, inner=inner, dof=dof, nugget=nugget))
+        return _joined(parts)
 
 
 def _joined(parts: list[_Predicted]) -> _Predicted:
