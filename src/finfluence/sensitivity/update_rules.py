@@ -215,7 +215,7 @@ class AdamRule:
         return state["exp_avg"].lerp(grad, 1.0 - self.betas[0])
 
     def _second_moment(self, state: Mapping[str, Tensor], grad: Tensor) -> Tensor:
-        return state["exp_avg_sq"].mul(self.betas[1]).addcmul(grad, grad, value=1.0 - self.betas[1])
+        return state["exp_avg_sq"].mul(self.betas[1]).addcmul_(grad, grad, value=1.0 - self.betas[1])
 
     def update(self, theta: Tensor, state: State, grad: Tensor, *, lr: float, step: int) -> tuple[Tensor, State]:
         """One Adam(W) step; see the class. The order of operations is torch's, so that rounding agrees too."""
@@ -300,7 +300,7 @@ class AdamRule:
         _, grad = self._decay(theta, grad, lr)
         c1, c2 = self._corrections(step)
         b1, b2 = self.betas
-        v_hat = state["exp_avg_sq"].mul(b2 / c2).addcmul_(grad, grad, value=(1.0 - b2) / c2)
+        v_hat = self._second_moment(state, grad).div_(c2)
         root = v_hat.sqrt() if settled is None else self._settled_root(v_hat, settled, step)
         inverse = self._invert(root, v_hat, options.damping, layout)
         to_first = _through(inverse, lambda_theta, -lr / c1, lambda_state.get("exp_avg"), overwrite)
