@@ -4,14 +4,13 @@
     python -m benchmarks llama8b_overhead --tiny           # the same code with a model of a few thousand weights
 
 Weights are random, so nothing is downloaded: time and memory do not depend on their values. Plain and recorded steps
-alternate in one process, on one model; ratios are medians over rounds of eight steps, one of which refreshes the query.
-Peak memory is what the GPU allocated; on the CPU it is not measured.
+alternate in one process, on one model; ratios are medians over rounds of eight steps, one of which refreshes the query
+(two rows as long as the batch's). A recorder's first step, which finds out where the samples lie in each layer, is not
+timed. Peak memory is what the GPU allocated; on the CPU it is not measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import finfluence as fi
+from benchmarks._records import Record, parser
 
 REFRESH = 8
 # https://huggingface.co/meta-llama/Llama-3.1-8B: config.json
@@ -79,16 +79,21 @@ def make_model(shape: dict[str, Any], device: str, *, checkpointing: bool) -> nn
 class Work:
     """One model, its optimizer, a batch and a query of two rows."""
 
-    def __init__(self, shape: dict[str, Any], device: str, *, batch: int, tokens: int, checkpointing: bool) -> None:
-        self.device, self.rows = device, batch
+    def __init__(self, shape: dict[str, Any], device: str, *, checkpointing: bool) -> None:
+        self.device, self.vocabulary = device, shape["vocab_size"]
         self.model = make_model(shape, device, checkpointing=checkpointing)
         self.task = fi.CausalLMTask()
-        generator = torch.Generator().manual_seed(1)
-        draw = {"high": shape["vocab_size"], "generator": generator}
-        self.batch = {"input_ids": torch.randint(size=(batch, tokens), **draw).to(device)}
-        self.query_batch = {"input_ids": torch.randint(size=(2, tokens), **draw).to(device)}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def draw(self, batch: int, tokens: int) -> None:
+        """Makes a batch and a query of random tokens."""
+        generator = torch.Generator().manual_seed(1)
+        self.rows = batch
+        self.batch, self.query_batch = (
+            {"input_ids": torch.randint(self.vocabulary, (rows, tokens), generator=generator).to(self.device)}
+            for rows in (batch, 2)
+        )
 
     def query(self, model: nn.Module) -> Tensor:
         """() mean loss of the query."""
@@ -120,8 +125,9 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
                 refresh=REFRESH,
             )
             with recorder:
-                b = _timed(work, "recorded", peaks, lambda n=number, r=recorder: _recorded(work, r, n))
-            number, residual = number + REFRESH, max(residual, recorder.largest_residual)
+                _recorded(work, recorder, number, steps=1)
+                b = _timed(work, "recorded", peaks, lambda n=number + 1, r=recorder: _recorded(work, r, n))
+            number, residual = number + 1 + REFRESH, max(residual, recorder.largest_residual)
             if k:  # the first round warms up
                 plain.append(a / REFRESH)
                 recorded.append(b / REFRESH)
@@ -143,8 +149,8 @@ def _plain(work: Work) -> None:
         work.finish()
 
 
-def _recorded(work: Work, recorder: Any, number: int) -> None:
-    for k in range(REFRESH):
+def _recorded(work: Work, recorder: Any, number: int, *, steps: int = REFRESH) -> None:
+    for k in range(steps):
         ids = torch.arange(work.rows) + work.rows * (number + k)
         with recorder.batch(ids):
             work.backward()
@@ -165,45 +171,59 @@ def _timed(work: Work, kind: str, peaks: dict[str, float], action: Callable[[], 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, to try the path")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
-    options = parser.parse_args(arguments)
+    made = parser(__doc__)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--tiny", action="store_true", help="a model of a few thousand weights, to try the path")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--shapes", nargs="+", default=["4x512", "8x1024"], help="rows x tokens of a batch")
+    made.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    options = made.parse_args(arguments)
     if options.device == "cpu" and not options.tiny:
-        parser.error("8 billion weights need a GPU with 40 GB (--device cuda); --tiny tries the path on a CPU")
-    tokens = 32 if options.tiny else options.tokens
-    work = Work(
-        TINY if options.tiny else SHAPE,
-        options.device,
-        batch=options.batch,
-        tokens=tokens,
-        checkpointing=options.checkpointing,
-    )
-    found = measure(work, options.rounds)
-    where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    size = sum(p.numel() for p in work.model.parameters())
-    print(f"{where}, torch {torch.__version__}; {size:,} parameters, batch {options.batch} × {tokens} tokens\n")
-    print("| | plain | recorded | ratio | aim |\n|---|---|---|---|---|")
-    print(
-        f"| step, query refreshed every {REFRESH} | {found['plain_seconds'] * 1e3:.1f} ms | "
-        f"{found['recorded_seconds'] * 1e3:.1f} ms | {found['time_ratio']:.3f} | ≤ {AIM} |"
-    )
-    if found["memory_ratio"] is not None:
-        print(
-            f"| peak memory | {found['plain_peak_gb']:.2f} GB | {found['recorded_peak_gb']:.2f} GB | "
-            f"{found['memory_ratio']:.3f} | ≤ {AIM} |"
+        made.error("8 billion weights need a GPU with 40 GB (--device cuda); --tiny tries the path on a CPU")
+    options.quick = options.quick or options.tiny
+    record = Record("llama8b_overhead", options, seeds=0, merge=True)
+    work = Work(TINY if options.tiny else SHAPE, options.device, checkpointing=options.checkpointing)
+    for text in ["4x32"] if options.tiny else options.shapes:
+        batch, tokens = map(int, text.split("x"))
+        work.draw(batch, tokens)
+        _report(
+            record,
+            options,
+            size=sum(p.numel() for p in work.model.parameters()),
+            shape=f"{batch} × {tokens}",
+            found=measure(work, options.rounds),
         )
-    print(f"\nlargest residual of the signal identity: {found['residual']:.1e}")
     if options.tiny:
         print("The tiny model shows that the path works; its ratio says nothing about 8 billion weights.")
-    if options.output:
-        entry = {"machine": where, "parameters": size, "tiny": options.tiny, "tokens": tokens} | found
-        options.output.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+def _report(record: Record, options: Any, *, size: int, shape: str, found: dict[str, Any]) -> None:
+    where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    how = ", activations recomputed" if options.checkpointing else ""
+    kinds = [("step, ms", "seconds", "time_ratio", 1e3), ("peak memory, GB", "peak_gb", "memory_ratio", 1.0)]
+    record.table(
+        f"{size:,} parameters, batch {shape} tokens{how} ({where})",
+        {
+            "measure": f"query refreshed every {REFRESH} steps",
+            "plain": "plain|.2f",
+            "recorded": "recorded|.2f",
+            "ratio": "ratio|.3f",
+            "aim": "aim, at most",
+            "residual": "residual of the identity|.0e",
+        },
+        [
+            {
+                "measure": name,
+                "plain": found[f"plain_{key}"] * unit,
+                "recorded": found[f"recorded_{key}"] * unit,
+                "ratio": found[ratio],
+                "aim": AIM,
+                "residual": found["residual"],
+            }
+            for name, key, ratio, unit in kinds
+            if found[ratio] is not None
+        ],
+    )
 
 
 if __name__ == "__main__":

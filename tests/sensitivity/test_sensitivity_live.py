@@ -1,10 +1,22 @@
 """Live sensitivities. Protects: the preconditioner is the optimizer's own, and SGD stays a pure scale."""
 
+import importlib
+
 import pytest
 import torch
 
 from finfluence.errors import InputError
-from finfluence.sensitivity import SGD, Adam, AdamW, SGDRule, live_direction, live_scale
+from finfluence.sensitivity import (
+    SGD,
+    Adam,
+    AdamW,
+    ParameterRule,
+    SGDRule,
+    from_torch,
+    live_direction,
+    live_directions,
+    live_scale,
+)
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -92,3 +104,29 @@ def test_a_users_rule_is_differentiated():
     live = live_direction(_Doubled(), {}, query, lr=0.1, theta=_random(3, seed=2))
     torch.testing.assert_close(live, -0.2 * query)
     assert live_scale(_Doubled(), 0.1) is None
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 26])
+def test_many_parameters_together_get_what_each_gets_alone(monkeypatch, chunk):
+    """Several groups, a rule of the user's, a parameter that has not been updated, elements without a second moment."""
+    monkeypatch.setattr(importlib.import_module("finfluence.sensitivity.live"), "_CHUNK_BYTES", chunk)
+    parameters = {name: _random(2, 3, seed=k).requires_grad_() for k, name in enumerate("abcd")}
+    optimizer = torch.optim.AdamW([{"params": [parameters["a"], parameters["b"]]}, {"params": parameters["c"]}], lr=0.1)
+    for step in range(3):
+        for k, name in enumerate("ab"):
+            parameters[name].grad = _random(2, 3, seed=10 * step + k)
+            parameters[name].grad[0, 0] = 0.0
+        optimizer.step()
+    rules = from_torch(optimizer, {name: parameters[name] for name in "abc"})
+    rules["d"] = ParameterRule(_Doubled(), 1)
+    states = {name: optimizer.state.get(p, {}) for name, p in parameters.items()}
+    queries = {name: _random(2, 3, seed=90 + k) for k, name in enumerate("dcba")}
+    found = live_directions(rules, states, queries, rates=[0.1, 0.3], parameters=parameters)
+    assert list(found) == list("dcba")
+    for name, query in queries.items():
+        rate = [0.1, 0.3][rules[name].rate_group]
+        alone = live_direction(rules[name].rule, states[name], query, lr=rate, theta=parameters[name].detach())
+        torch.testing.assert_close(found[name], alone, rtol=0, atol=0)
+    assert found["a"][0, 0] == 0
+    assert not found["c"].any()
+    assert found["a"][1, 1] != 0

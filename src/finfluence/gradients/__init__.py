@@ -5,7 +5,7 @@ vector of losses, and finite differences.
 """
 
 from finfluence.gradients._recording import Recording
-from finfluence.gradients.checks import check_model
+from finfluence.gradients.checks import check_model, check_normalisations, normalisations
 from finfluence.gradients.derivatives import (
     Method,
     finite_difference_derivatives,
@@ -25,10 +25,12 @@ __all__ = [
     "Method",
     "Recording",
     "check_model",
+    "check_normalisations",
     "evaluating",
     "finite_difference_derivatives",
     "hooks_derivatives",
     "jvp_derivatives",
+    "normalisations",
     "per_sample_derivatives",
     "query_gradient",
 ]

@@ -6,8 +6,7 @@ and recomputes them, offloading moves them), and autograd's own version counter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +43,8 @@ class Kept:
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            self._node: Any = _Keep.apply(anchor, *(leaves[i] for i in self._tensors)).grad_fn  # pyright: ignore
+            # The node's output is held, not the node: before PyTorch 2.13 a node lived only as long as its output.
+            self._output: Any = _Keep.apply(anchor, *(leaves[i] for i in self._tensors))
 
     def load(self, what: str) -> Any:
         """The structure, with detached tensors.
@@ -55,8 +55,11 @@ class Kept:
         Raises:
             RecordingError: a tensor was modified in place since.
         """
-        with _unchanged(what):
-            saved = self._node.saved_tensors
+        try:
+            saved = self._output.grad_fn.saved_tensors
+        except RuntimeError as error:
+            _explain(error, what)
+            raise
         leaves = list(self._others)
         for i, tensor in zip(self._tensors, saved, strict=True):
             leaves[i] = tensor.detach()
@@ -101,17 +104,15 @@ class Borrowed:
         Raises:
             RecordingError: it was modified in place since.
         """
-        with _unchanged(what):
+        try:
             return self._node._saved_self.detach().view(self._shape)
-
-
-@contextmanager
-def _unchanged(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
+        except RuntimeError as error:
+            _explain(error, what)
             raise
+
+
+def _explain(error: RuntimeError, what: str) -> None:
+    if "inplace operation" in str(error):
         raise RecordingError(
             f"the input of {what} was modified in place after the module ran; "
             "use the out-of-place form of that operation, or method='jvp'"
@@ -198,7 +199,10 @@ def on_gradients(outputs: list[Tensor], receive: Callable[[list[Tensor | None]],
 
 def in_shapes(deltas: list[Tensor | None], outputs: list[Output]) -> list[Tensor | None]:
     """The gradients that a hook received, detached and in the outputs' shapes."""
-    return [None if d is None else d.detach().reshape(o.shape) for d, o in zip(deltas, outputs, strict=True)]
+    detached = [d.detach() if d is not None and d.requires_grad else d for d in deltas]
+    return [
+        d if d is None or d.shape == o.shape else d.reshape(o.shape) for d, o in zip(detached, outputs, strict=True)
+    ]
 
 
 def graph_is_kept() -> bool:

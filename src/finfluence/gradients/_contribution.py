@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,25 +26,31 @@ def contribute(record: Recording, call: ModuleCall, deltas: list[Tensor | None],
         RecordingError: a gradient arrives where no batch dimension is known, an input was modified in place, or the
             module cannot be run again with the same result.
     """
-    names, label = plan.owned[call.module], plan.label(call.module)
-    if record.table.involves(list(names.values())):
-        chosen: list[Layout | None] = [
-            _layout(record, output, delta, label) for output, delta in zip(call.outputs, deltas, strict=True)
-        ]
+    if record.table.involves(plan.owned[call.module].values()):
         device = next(d.device.type for d in deltas if d is not None)
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with torch.no_grad(), autocast:
-            kept = call.kept.load(label) if call.kept is not None else None
-            rule = plan.rules[call.module]
-            if rule is not None:
-                assert deltas[0] is not None
-                queries = ModuleQueries(record.table, names, plan.name(call.module))
-                layout = chosen[0] if chosen[0] is not None else 0
-                rule.compute(Call(call.module, kept, deltas[0], layout, record.batch_size, queries, record.sums))
-            else:
-                _generic(record, call, deltas, chosen, kept, names, label)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                _contribute(record, call, deltas, plan)
+        else:
+            _contribute(record, call, deltas, plan)
     if not graph_is_kept():
         call.release()
+
+
+def _contribute(record: Recording, call: ModuleCall, deltas: list[Tensor | None], plan: Plan) -> None:
+    names, label = plan.owned[call.module], plan.label(call.module)
+    chosen: list[Layout | None] = [
+        _layout(record, output, delta, label) for output, delta in zip(call.outputs, deltas, strict=True)
+    ]
+    kept = call.kept.load(label) if call.kept is not None else None
+    rule = plan.rules[call.module]
+    if rule is None:
+        _generic(record, call, deltas, chosen, kept, names, label)
+        return
+    assert deltas[0] is not None
+    queries = ModuleQueries(record.table, names, plan.name(call.module))
+    layout = chosen[0] if chosen[0] is not None else 0
+    rule.compute(Call(call.module, kept, deltas[0], layout, record.batch_size, queries, record.sums))
 
 
 def _layout(record: Recording, output: Output, delta: Tensor | None, label: str) -> Layout | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class QueryTable:
         """One direction of one parameter, unscaled."""
         return self._parts[direction][0].get(name)
 
-    def involves(self, names: Sequence[str]) -> bool:
+    def involves(self, names: Collection[str]) -> bool:
         """Whether any direction is non-zero in any of these parameters."""
         return any(name in tensors for tensors, _, _ in self._parts for name in names)
 

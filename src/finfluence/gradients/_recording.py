@@ -39,7 +39,7 @@ class Recording:
         self.sums = torch.zeros(batch_size, len(table), device=device, dtype=dtype)
         self._scale = torch.tensor(table.coefficients, device=device, dtype=dtype)
         self.open = True
-        self.probing = False
+        self.probing = self.partial = False
         self.fired = self.approximate = False
         self.changed = False
         self.coincidence = False

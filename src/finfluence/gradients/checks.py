@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finfluence.errors import RecordingError
+
+
+def normalisations(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch normalisations of a model by name: what `check_normalisations` looks at."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def check_normalisations(found: Mapping[str, nn.Module]) -> None:
+    """Raise if a batch normalisation uses the batch's statistics now; `model.train()` may have made it.
+
+    Args:
+        found: of `normalisations`; walking through a large model at every step would take a tenth of the step.
+
+    Raises:
+        RecordingError: as of `check_model`.
+    """
+    for name, module in found.items():
+        if module.training or getattr(module, "running_mean", None) is None:
+            mode = "in training mode" if module.training else "without running statistics"
+            raise RecordingError(
+                f"module {name!r} is a {type(module).__name__} {mode}, which couples the samples of a batch: "
+                "call .eval() on it after model.train(), or use GroupNorm instead"
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -18,14 +43,9 @@ def check_model(model: nn.Module) -> None:
         RecordingError: batch normalisation that uses the batch's statistics, an embedding with scale_grad_by_freq
             (the gradient of one sample depends on the others) or max_norm (a forward pass changes the weights).
     """
+    check_normalisations(normalisations(model))
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            mode = "in training mode" if module.training else "without running statistics"
-            raise RecordingError(
-                f"module {name!r} is a {kind} {mode}, which couples the samples of a batch: "
-                "call .eval() on it after model.train(), or use GroupNorm instead"
-            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             if module.scale_grad_by_freq:
                 raise RecordingError(

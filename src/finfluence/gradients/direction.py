@@ -11,6 +11,9 @@ from torch import Tensor
 
 from finfluence.errors import InputError
 
+# Tensors up to _SMALL entries are concatenated, _TOGETHER at a time, before they are multiplied.
+_SMALL, _TOGETHER = 1 << 18, 64
+
 
 @dataclass(frozen=True)
 class LinearFactors:
@@ -107,7 +110,8 @@ class Direction:
         Returns:
             () float64 on the device of the first tensor; low-precision tensors are multiplied in float32.
         """
-        total: Tensor | None = None
+        parts: list[Tensor] = []
+        small: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for name, q in self._raw.items():
             gradient = gradients.get(name)
             if gradient is None:
@@ -116,8 +120,15 @@ class Direction:
                 gradient = gradient.to_dense()
             dtype = torch.float64 if torch.float64 in (q.dtype, gradient.dtype) else torch.float32
             left, right = q.to(dtype).reshape(-1), gradient.detach().to(device=q.device, dtype=dtype).reshape(-1)
-            part = torch.dot(left, right).double()
-            total = part if total is None else total + part.to(total.device)
-        if total is None:
+            if left.numel() > _SMALL:
+                parts.append(torch.dot(left, right))
+            else:
+                small.setdefault((left.device, dtype), []).append((left, right))
+        for pairs in small.values():  # one launch for many: LoRA has hundreds of small matrices
+            for start in range(0, len(pairs), _TOGETHER):
+                lefts, rights = zip(*pairs[start : start + _TOGETHER], strict=True)
+                parts.append(torch.dot(torch.cat(lefts), torch.cat(rights)))
+        if not parts:
             return torch.zeros((), dtype=torch.float64)
-        return total * self._coefficient
+        device = next(iter(self._raw.values())).device
+        return torch.stack([part.to(device, torch.float64) for part in parts]).sum() * self._coefficient

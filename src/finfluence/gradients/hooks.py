@@ -89,7 +89,12 @@ class HookedDerivatives:
 
     @contextmanager
     def record(
-        self, directions: Sequence[Direction], batch_size: int, *, segments: tuple[Sequence[int], int] | None = None
+        self,
+        directions: Sequence[Direction],
+        batch_size: int,
+        *,
+        segments: tuple[Sequence[int], int] | None = None,
+        partial: bool = False,
     ) -> Iterator[Recording]:
         """Record the forward and backward passes that run in the block; both must.
 
@@ -98,6 +103,7 @@ class HookedDerivatives:
             batch_size: samples in the batch, b.
             segments: for samples that stand one behind the other in one row (padding-free batches): the (b,) lengths
                 and the length of the row; None where samples have a dimension.
+            partial: whether the backward pass will be `backward`'s.
 
         Returns:
             The recording; its `values`, (b, n_directions), are complete when the block ends.
@@ -122,6 +128,7 @@ class HookedDerivatives:
             )
         placed = None if segments is None else (layouts.Segments(tuple(segments[0])), segments[1])
         record = Recording(table, batch_size=batch_size, device=self._device, dtype=self._dtype, segments=placed)
+        record.partial = partial
         self._record = record
         try:
             yield record
@@ -147,10 +154,10 @@ class HookedDerivatives:
             loss: a scalar, computed in the record block.
 
         Raises:
-            RecordingError: no recording is running.
+            RecordingError: no recording is running that was told so.
         """
-        if self._record is None:
-            raise RecordingError("no recording is running; call backward in a record block")
+        if self._record is None or not self._record.partial:
+            raise RecordingError("no recording is running; call backward in a record(..., partial=True) block")
         partial = self._discovery.settled and not self._recomputes
         ends = self._record.edges if partial and self._record.edges else list(self._parameters.values())
         torch.autograd.grad(loss, ends, allow_unused=True)
@@ -216,7 +223,8 @@ class HookedDerivatives:
             )
         if record.running(self._plan.model):  # not while checkpointing recomputes: that must leave nothing behind
             self._note(record, call, sources, [t for _, t in found])
-            record.edges += [torch.autograd.graph.get_gradient_edge(gradient_target(t)) for _, t in found]
+            if record.partial:
+                record.edges += [torch.autograd.graph.get_gradient_edge(gradient_target(t)) for _, t in found]
         else:
             self._recomputes = True
         for name in owned.values():

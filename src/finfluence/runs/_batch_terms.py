@@ -158,7 +158,8 @@ class DifferenceTerms:
             layout=self.layout,
             precision=self._precision,
         )
-        with self.hooks.record(directions_of(self.layout, q), len(indices)) as recording:
+        partial = gradient is not None
+        with self.hooks.record(directions_of(self.layout, q), len(indices), partial=partial) as recording:
             if gradient is not None:
                 self.hooks.backward(loss())
             at_theta = hessian.gradient  # evaluated here if it was not known, so that the hooks see its backward pass

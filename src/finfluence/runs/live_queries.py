@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finfluence.errors import InputError
 from finfluence.gradients import Direction, LinearFactors, query_gradient
-from finfluence.sensitivity import UpdateRule, from_torch, learning_rates, live_direction, live_scale
+from finfluence.sensitivity import UpdateRule, from_torch, learning_rates, live_directions, live_scale
 
 Measure = Callable[[nn.Module], Tensor]
 
@@ -81,17 +81,8 @@ class LiveQueries:
                     for module, f in gradient.factors.items()
                 },
             )
-        tensors = {
-            name: live_direction(
-                self.rules[name].rule,
-                self.optimizer.state.get(self.parameters[name], {}),
-                tensor,
-                lr=rates[self.rules[name].rate_group],
-                theta=self.parameters[name].detach(),
-            )
-            for name, tensor in gradient.tensors.items()
-        }
-        return Direction(tensors)
+        states = {name: self.optimizer.state.get(self.parameters[name], {}) for name in gradient.tensors}
+        return Direction(live_directions(self.rules, states, gradient.tensors, rates=rates, parameters=self.parameters))
 
     def _scale(self, name: str, rates: tuple[float, ...]) -> float:
         entry = self.rules[name]

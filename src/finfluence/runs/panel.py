@@ -106,6 +106,6 @@ def _derivatives(
         return per_sample_derivatives(
             lambda model: engine.losses(model, rows), engine.model, parameters=engine.parameters, directions=directions
         )
-    with hooks.record(directions, len(rows)) as recording:
+    with hooks.record(directions, len(rows), partial=True) as recording:
         hooks.backward(engine.losses(engine.model, rows).sum())
     return recording.values

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError, StoreError
-from finfluence.gradients import Direction, HookedDerivatives, check_model
+from finfluence.gradients import Direction, HookedDerivatives, check_model, check_normalisations, normalisations
 from finfluence.runs._batch_record import BatchRecord, as_id_array, has_closure
 from finfluence.runs._identity import GradientFingerprint, identity_residual, tolerance
 from finfluence.runs._manifest import describe_run, environment
@@ -124,6 +124,7 @@ class Recorder:
         self.directions: list[Direction] = []
         self.last_values: np.ndarray | None = None
         self._begun = self._empty = False
+        self._normalisations: dict[str, nn.Module] = {}
         self._fingerprint: GradientFingerprint | None = None
         self._losses: list[tuple[float, int]] = []
         self._shares: list[float] = []
@@ -139,6 +140,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         check_model(self.model)
+        self._normalisations = normalisations(self.model)
         if self.writer is None:
             described = describe_run(
                 optimizer=self.optimizer, sampler=self.sampler, seed=self._seed, sensitivity="live", signals="batch"
@@ -272,7 +274,7 @@ class Recorder:
         Raises:
             RecordingError: a module couples the samples of a batch (BatchNorm put back into training mode, say).
         """
-        check_model(self.model)
+        check_normalisations(self._normalisations)
         self._settle()
         self._place = self._epochs.begin_batch(ids, step=self.step, epoch=epoch, position=position)
         self.directions = self.live.directions(self.step)

@@ -21,7 +21,7 @@ from finfluence.runs.data import batch_length, take
 from finfluence.runs.engine import Engine
 from finfluence.runs.sampling import Batch
 from finfluence.runs.tasks import FunctionalModel
-from finfluence.sensitivity import from_torch, learning_rates, live_direction
+from finfluence.sensitivity import from_torch, learning_rates, live_directions
 
 # Per-sample gradients that are held at a time; the same again is needed for the activations of the pass.
 CHUNK_BYTES = 1 << 28
@@ -77,16 +77,14 @@ class SelfSignals:
 
     def _preconditioner(self) -> Gradients:
         """Diagonal of ∂U_t/∂ḡ_t by parameter: the optimizers of a Plan are elementwise."""
-        engine, rates = self.engine, learning_rates(self.engine.optimizer)
-        return {
-            name: live_direction(
-                self._rules[name].rule,
-                engine.optimizer.state.get(p, {}),
-                torch.ones_like(p),
-                lr=rates[self._rules[name].rate_group],
-            )
-            for name, p in engine.parameters.items()
-        }
+        optimizer, parameters = self.engine.optimizer, self.engine.parameters
+        return live_directions(
+            self._rules,
+            {name: optimizer.state.get(p, {}) for name, p in parameters.items()},
+            {name: torch.ones_like(p) for name, p in parameters.items()},
+            rates=learning_rates(optimizer),
+            parameters=parameters,
+        )
 
     def _gradients(self, rows: np.ndarray) -> Iterator[Gradients]:
         """Gradients of samples, each tensor with a leading axis: of all rows at once, or row by row."""

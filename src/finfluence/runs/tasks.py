@@ -159,10 +159,14 @@ class CausalLMTask(MeanLossTask):
                 f"CausalLMTask needs logits of shape ({ids.shape[0]}, {ids.shape[1]}, vocabulary), the model returned "
                 f"{seen}; load it with its language-model head (AutoModelForCausalLM), or write your own Task"
             )
-        targets = labels[:, 1:]
+        # One row of logits a token: over any other dimension a GPU's softmax takes a hundred times as long. The last
+        # token predicts nothing, and is ignored instead of cut off, which would copy the logits.
+        targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
         # low-precision logits would lose the small differences between tokens
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        token = functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        token = functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
+        ).view_as(targets)
         counts = (targets != -100).sum(1)
         return token.sum(1) / torch.clamp(counts, min=1)
 

@@ -14,7 +14,7 @@ from finfluence.sensitivity.hvp import (
     gradient_of,
 )
 from finfluence.sensitivity.layout import Layout
-from finfluence.sensitivity.live import live_direction, live_scale
+from finfluence.sensitivity.live import live_direction, live_directions, live_scale
 from finfluence.sensitivity.optimizers import SGD, Adam, AdamW, Optimizer, from_dict
 from finfluence.sensitivity.torch_optimizers import ParameterRule, from_torch, learning_rates, read_state
 from finfluence.sensitivity.update_rules import (
@@ -64,6 +64,7 @@ __all__ = [
     "gradient_of",
     "learning_rates",
     "live_direction",
+    "live_directions",
     "live_scale",
     "read_state",
     "vjp",

@@ -11,7 +11,7 @@ Conventions that hold for every rule:
   carry leading axes (one for queries) that `theta` lacks. A key missing from `lambda_state` means zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from finfluence.errors import InputError
 from finfluence.sensitivity.layout import Layout
+
+_foreach: Any = torch  # whose functions for lists of tensors, with which its own optimizers work, are not annotated
 
 State = dict[str, Tensor]
 SecondMoment = Literal["settled", "exact", "constant"]
@@ -95,8 +97,9 @@ class UpdateRule(Protocol):
 
     Optional methods make a rule faster or safer, and are used where they exist: `pullback` (closed-form vjp, the
     signature of `SGDRule.pullback`), `surrogate` (the function to differentiate in place of `update`, the signature of
-    `AdamRule.surrogate`), `settled` (what these two are to know of the run's end, the signature of `AdamRule.settled`)
-    and `live` (the signature of `AdamRule.live`). A rule must be elementwise to be used on flattened parameters.
+    `AdamRule.surrogate`), `settled` (what these two are to know of the run's end, the signature of `AdamRule.settled`),
+    `live` (the signature of `AdamRule.live`) and, beside it, `live_each` (of `AdamRule.live_each`). A rule must be
+    elementwise to be used on flattened parameters.
     """
 
     def init(self, theta: Tensor) -> State:
@@ -323,19 +326,33 @@ class AdamRule:
 
     def live(self, state: Mapping[str, Any], query_gradient: Tensor, *, lr: float, step: int) -> Tensor:
         """Live sensitivity with the second moment as it stood before the step; 0 where there is none yet."""
-        second = state.get("exp_avg_sq")
-        if step == 0 or second is None:
-            return torch.zeros_like(query_gradient)
+        return self.live_each([state], [query_gradient], lr=lr, step=step)[0]
+
+    def live_each(
+        self, states: Sequence[Mapping[str, Any]], query_gradients: Sequence[Tensor], *, lr: float, step: int
+    ) -> list[Tensor]:
+        """`live` of several parameters of one dtype on one device, in a few launches for all of them."""
+        seconds: list[Tensor] = [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
+        if step == 0 or len(seconds) < len(states):
+            return [torch.zeros_like(gradient) for gradient in query_gradients]
         gain = -lr * (1.0 - self.betas[0]) / (1.0 - self.betas[0] ** (step + 1))
         correction = 1.0 - self.betas[1] ** step
-        # Large models spend their time on memory here, so the gain is folded into the denominator, in place, and the
-        # elements without a second moment are only looked for where there are any.
-        denominator = second.sqrt().mul_(1.0 / (sqrt(correction) * gain)).add_(self.eps / gain)
-        result = query_gradient / denominator
-        negligible = correction * (self.eps * torch.finfo(second.dtype).eps) ** 2
-        if float(second.min()) <= negligible:
-            result.masked_fill_(second <= negligible, 0.0)
-        return result
+        # Large models spend their time on memory here, so the gain is folded into the denominator, in place.
+        denominators = _foreach._foreach_sqrt(seconds)
+        _foreach._foreach_mul_(denominators, 1.0 / (sqrt(correction) * gain))
+        _foreach._foreach_add_(denominators, self.eps / gain)
+        results = _foreach._foreach_div(query_gradients, denominators)
+        negligible = correction * (self.eps * torch.finfo(seconds[0].dtype).eps) ** 2
+        if seconds[0].device.type == "cpu":
+            for second, result in zip(seconds, results, strict=True):
+                if float(second.min()) <= negligible:
+                    result.masked_fill_(second <= negligible, 0.0)
+        else:  # looking whether there are any would wait for the device
+            known = _foreach._foreach_sub(seconds, negligible)
+            _foreach._foreach_sign_(known)
+            _foreach._foreach_clamp_min_(known, 0.0)
+            _foreach._foreach_mul_(results, known)
+        return list(results)
 
 
 def _through(weight: Tensor, cotangent: Tensor, gain: float, known: Tensor | None, overwrite: bool) -> Tensor:

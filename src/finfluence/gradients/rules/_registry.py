@@ -61,9 +61,20 @@ class Call:
         """Sum a tensor that is shaped like the output to (b, *last `keep` dimensions), in the accumulator's dtype."""
         return sum_to_samples(tensor, self.batch_size, self.layout, keep=keep, dtype=self.accumulate)
 
+    def rows_to_samples(self, products: Tensor) -> Tensor:
+        """Sum (k, n, features) over each sample's rows and all features to (b, k), in the accumulator's dtype.
+
+        The n rows are the output's leading dimensions, flattened.
+        """
+        if self.batch_size == 1 or self.layout in (0, "batch-major"):  # a sample's rows lie together
+            return products.view(len(products), self.batch_size, -1).sum(-1, dtype=self.accumulate).mT
+        per_row = products.sum(-1, dtype=self.accumulate).mT
+        return self.samples(per_row.unflatten(0, self.delta.shape[:-1]), keep=1)
+
     def add(self, directions: list[int], contribution: Tensor) -> None:
         """Add (b, len(directions)) to the accumulator's columns."""
-        contribution = contribution.to(self.values.device, self.values.dtype)
+        if contribution.device != self.values.device or contribution.dtype != self.values.dtype:
+            contribution = contribution.to(self.values.device, self.values.dtype)
         if len(directions) == self.values.shape[1]:
             self.values.add_(contribution)
         else:

@@ -18,7 +18,6 @@ def linear(call: Call) -> None:
 
 
 def _weight(call: Call) -> None:
-    leading = call.delta.shape[:-1]
     d_out, d_in = call.module.weight.shape
     x = call.source.reshape(-1, d_in)
     delta = call.delta.reshape(-1, d_out)
@@ -27,19 +26,18 @@ def _weight(call: Call) -> None:
     if factors is not None:
         directions, rows, row_deltas, membership = factors
         inner = (x.to(rows.dtype) @ rows.mT).mul_(delta.to(rows.dtype) @ row_deltas.mT)
-        call.add(directions, call.samples(inner.unflatten(0, leading), keep=1) @ membership)
+        call.add(directions, call.samples(inner.unflatten(0, call.delta.shape[:-1]), keep=1) @ membership)
     groups = call.queries.dense("weight", dtype=dtype)
     if not groups:
         return
-    x, delta = x.to(dtype), delta.to(dtype)
+    x, delta = (t if t.dtype == dtype else t.to(dtype) for t in (x, delta))
     for directions, q in groups:
         # The intermediate has the smaller of the two widths: less memory and a cheaper last reduction.
         if d_out <= d_in:
             image, other = _product(x, q.mT), delta
         else:
             image, other = _product(delta, q), x
-        per_row = image.mul_(other).sum(-1, dtype=call.accumulate)  # (k, n)
-        call.add(directions, call.samples(per_row.mT.unflatten(0, leading), keep=1))
+        call.add(directions, call.rows_to_samples(image.mul_(other)))
 
 
 def _product(rows: Tensor, matrices: Tensor) -> Tensor:
