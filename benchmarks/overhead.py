@@ -27,7 +27,7 @@ from torch.nn import functional
 
 import finfluence as fi
 from benchmarks._llama import Llama
-from benchmarks._records import Record, parser
+from benchmarks._records import Record, command, parser
 
 Step = Callable[[int], None]
 
@@ -148,8 +148,8 @@ def ratio(name: str, optimizer: str, refresh: int, *, device: str, rounds: int) 
 
 def peak_memory(name: str, optimizer: str, mode: str, device: str) -> float:
     """Peak of a fresh process in MB: resident memory on the CPU, allocated memory on a GPU."""
-    command = [sys.executable, "-m", "benchmarks.overhead", "--peak", name, optimizer, mode, "--device", device]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    words = [sys.executable, "-m", "benchmarks.overhead", "--peak", name, optimizer, mode, "--device", device]
+    out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return float(out.strip().splitlines()[-1])
 
 
@@ -208,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = 1 if options.quick else options.rounds
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     record = Record("overhead" if options.device == "cpu" else "overhead-gpu", options, seeds=0)
+    record.content["command"] = command("overhead", options)
     rows: list[dict[str, Any]] = []
     for name, optimizer, refresh, aim in ROWS[:1] if options.quick else ROWS:
         found, plain = ratio(name, optimizer, refresh, device=options.device, rounds=rounds)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gradient_cases import CASES, build, error, naive, random_directions, trainable
 
+from finfluence.errors import RecordingError
 from finfluence.gradients import HookedDerivatives, per_sample_derivatives
 
 
@@ -52,6 +53,47 @@ def test_backward_to_the_layers_outputs_alone(name):
             hooks.backward(case.losses(model, rows).sum())
         assert error(recording.values, expected_of(name)) < 1e-9
     assert all(p.grad is None for p in model.parameters())
+
+
+CLOSED = {  # cases all of whose layers have closed forms
+    "linear",
+    "linear (b,t,d) with in-place relu",
+    "linear (b,s,t,d)",
+    "linear where width equals batch",
+    "batch of one",
+    "frozen",
+    "shared module",
+    "lora",
+    "folded batch-major",
+    "folded time-major",
+    "norms",
+    "norms (b,t,d)",
+}
+
+
+@names
+def test_gradients_of_single_samples_or_a_refusal(name):
+    """⟨G_i, q⟩ is the naive loop's value; layers without a closed form are refused, never left out."""
+    case = CASES[name]
+    if "reentrant" in name and "non-reentrant" not in name:
+        pytest.skip("torch.autograd.grad does not work with re-entrant checkpointing")
+    model = build(case)
+    directions = random_directions(model, 3)
+    hooks = HookedDerivatives(model, trainable(model))
+    rows = torch.arange(case.batch_size)
+    for _ in range(2):
+        if name not in CLOSED:
+            with pytest.raises(RecordingError, match="no closed form"), hooks.record_gradients(case.batch_size):
+                hooks.backward(case.losses(model, rows).sum())
+            continue
+        with hooks.record_gradients(case.batch_size) as recording:
+            hooks.backward(case.losses(model, rows).sum())
+        gradients = recording.gradients
+        columns = [
+            torch.stack([(gradients[n] * t).flatten(1).sum(1) for n, t in q.tensors.items() if n in gradients]).sum(0)
+            for q in directions
+        ]
+        assert error(torch.stack(columns, dim=1), expected_of(name)) < 1e-9
 
 
 @names

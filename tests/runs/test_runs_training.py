@@ -274,6 +274,61 @@ class Branching(nn.Module):
         return self.inner(x) if bool(x.sum() > -1e9) else self.inner(-x)
 
 
+class Functional(Branching):
+    """One weight is also used past its layer, which hooks on layers cannot see."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (x @ self.inner[0].weight.mT)[:, :3]
+
+
+class Layers(Branching):
+    """Every layer with a closed form, a shared weight, a frozen bias, and one that the loss does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table, self.norm, self.group = nn.Embedding(4, 6, padding_idx=0), nn.LayerNorm(6), nn.GroupNorm(2, 6)
+        self.scale, self.shared, self.last = nn.RMSNorm(6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.shared.bias.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert bool(x.sum() > -1e9)
+        h = self.scale(self.norm(self.table(x.gt(0).long() + x.gt(1).long())))
+        h = self.shared(torch.tanh(self.shared(h)))
+        return self.last(self.group(h.mean(1)))
+
+
+@pytest.mark.parametrize("net", [Branching, Layers, Functional])
+def test_self_signals_by_hooks_are_those_of_the_loop(tmp_path: Path, net: type[nn.Module], monkeypatch: Any) -> None:
+    """Where a weight is used past its layer, hooks are given up and the loop goes on."""
+    from finfluence.runs import self_signals
+
+    used = []
+    original = self_signals.SelfSignals._hooked_gradients
+    how: dict[str, Any] = {"self_influence": "all", "epochs": 1, "optimizer": fi.Adam(lr=0.01)}
+
+    def counted(self: Any, rows: np.ndarray) -> Any:
+        found = original(self, rows)
+        used.append(len(rows))
+        return found
+
+    monkeypatch.setattr(self_signals.SelfSignals, "_hooked_gradients", counted)
+    model_ = net()
+    hooked = record(tmp_path / "hooked", model_, **how).signals(table="self").collect()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model_.modules())
+    monkeypatch.setattr(self_signals.SelfSignals, "_hooked_gradients", lambda self, rows: refuse())
+    looped = record(tmp_path / "looped", net(), **how).signals(table="self").collect()
+    assert bool(used) == (net is not Functional)
+    assert hooked["self"].abs().max() > 1e-6  # pyright: ignore[reportOperatorIssue]
+    np.testing.assert_allclose(hooked["self"].to_numpy(), looped["self"].to_numpy(), rtol=1e-6, atol=1e-15)
+
+
+def refuse() -> None:
+    raise RecordingError("not by hooks")
+
+
 @pytest.mark.parametrize("chunk", [1, 1 << 28])
 def test_self_signals_by_vmap_by_chunks_and_by_the_loop_agree(tmp_path: Path, chunk: int, monkeypatch: Any) -> None:
     from finfluence.runs import self_signals

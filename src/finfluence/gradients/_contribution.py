@@ -26,7 +26,7 @@ def contribute(record: Recording, call: ModuleCall, deltas: list[Tensor | None],
         RecordingError: a gradient arrives where no batch dimension is known, an input was modified in place, or the
             module cannot be run again with the same result.
     """
-    if record.table.involves(plan.owned[call.module].values()):
+    if record.gradients is not None or record.table.involves(plan.owned[call.module].values()):
         device = next(d.device.type for d in deltas if d is not None)
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
             with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -44,13 +44,22 @@ def _contribute(record: Recording, call: ModuleCall, deltas: list[Tensor | None]
     ]
     kept = call.kept.load(label) if call.kept is not None else None
     rule = plan.rules[call.module]
+    if record.gradients is not None and (rule is None or rule.gradients is None):
+        raise RecordingError(f"{label} has no closed form for the gradients of single samples")
     if rule is None:
         _generic(record, call, deltas, chosen, kept, names, label)
         return
     assert deltas[0] is not None
     queries = ModuleQueries(record.table, names, plan.name(call.module))
     layout = chosen[0] if chosen[0] is not None else 0
-    rule.compute(Call(call.module, kept, deltas[0], layout, record.batch_size, queries, record.sums))
+    seen = Call(call.module, kept, deltas[0], layout, record.batch_size, queries, record.sums)
+    if record.gradients is None:
+        rule.compute(seen)
+        return
+    assert rule.gradients is not None
+    for local, gradient in rule.gradients(seen).items():
+        if local in names:
+            record.add_gradient(names[local], gradient)
 
 
 def _layout(record: Recording, output: Output, delta: Tensor | None, label: str) -> Layout | None:

@@ -18,13 +18,11 @@ class QueryTable:
     """The directions of one record, by parameter, unscaled; `coefficients` scales the finished columns.
 
     Args:
-        directions: at least one.
+        directions: q_k; none where only the samples' own gradients are wanted.
         shapes: parameter name → shape, to check the directions against.
     """
 
     def __init__(self, directions: Sequence[Direction], shapes: Mapping[str, torch.Size]) -> None:
-        if not directions:
-            raise InputError("0 directions to record; pass at least one")
         self._parts = [d.unscaled for d in directions]
         self.coefficients = [coefficient for _, _, coefficient in self._parts]
         self._cache: dict[Any, Any] = {}

@@ -38,6 +38,7 @@ class Recording:
         self.table = table
         self.sums = torch.zeros(batch_size, len(table), device=device, dtype=dtype)
         self._scale = torch.tensor(table.coefficients, device=device, dtype=dtype)
+        self.gradients: dict[str, Tensor] | None = None
         self.open = True
         self.probing = self.partial = False
         self.fired = self.approximate = False
@@ -56,6 +57,12 @@ class Recording:
     def values(self) -> Tensor:
         """(b, n_directions): sample i's share of ⟨q_k, the gradient that the backward passes added to p.grad⟩."""
         return self.sums * self._scale
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add (b, *shape) to the samples' own gradients of a parameter, which several modules or calls may share."""
+        assert self.gradients is not None
+        known = self.gradients.get(name)
+        self.gradients[name] = gradient if known is None else known + gradient
 
     def leave(self, module: nn.Module) -> tuple[Ambience | None, list[int]] | None:
         """What was noted when the module's forward began."""

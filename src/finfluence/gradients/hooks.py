@@ -111,12 +111,8 @@ class HookedDerivatives:
         Raises:
             RecordingError: no backward pass of a recorded forward ran, or a layer's samples cannot be told apart.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        if self._record is not None:
-            raise RecordingError("a recording is already running on this model; end it before starting another")
-        if not self._handles:
-            raise RecordingError("the hooks were removed from the model; make a new HookedDerivatives")
+        if not directions:
+            raise InputError("0 directions to record; pass at least one")
         if self._table is not None and self._table.matches(directions):
             table = self._table.rescaled(directions)
         else:
@@ -129,9 +125,40 @@ class HookedDerivatives:
         placed = None if segments is None else (layouts.Segments(tuple(segments[0])), segments[1])
         record = Recording(table, batch_size=batch_size, device=self._device, dtype=self._dtype, segments=placed)
         record.partial = partial
+        with self._running(record):
+            yield record
+
+    @contextmanager
+    def record_gradients(self, batch_size: int) -> Iterator[Recording]:
+        """Record the samples' own gradients while a loss runs forward and, by `backward`, backward in the block.
+
+        Args:
+            batch_size: samples in the batch, b.
+
+        Returns:
+            The recording; its `gradients`, (b, *shape) by parameter, are complete when the block ends. A parameter that
+            the loss does not reach is missing.
+
+        Raises:
+            RecordingError: as of `record`, or a module without a closed form (convolutions, layers of the user's own).
+            NotImplementedError: a layer's samples do not stand in rows of their own.
+        """
+        record = Recording(QueryTable([], self._shapes), batch_size=batch_size, device=self._device, dtype=self._dtype)
+        record.partial, record.gradients = True, {}
+        with self._running(record):
+            yield record
+
+    @contextmanager
+    def _running(self, record: Recording) -> Iterator[None]:
+        if record.batch_size < 1:
+            raise InputError(f"batch_size is {record.batch_size}; it must be at least 1")
+        if self._record is not None:
+            raise RecordingError("a recording is already running on this model; end it before starting another")
+        if not self._handles:
+            raise RecordingError("the hooks were removed from the model; make a new HookedDerivatives")
         self._record = record
         try:
-            yield record
+            yield
             self._discovery.finish(record)
             if not record.fired:
                 raise RecordingError(

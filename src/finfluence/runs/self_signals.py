@@ -3,7 +3,8 @@
 x_ii = ⟨q_t^(i), w_i ∇ℓ_i⟩ with the live sensitivity of sample i's own loss, q_t^(i) = (∂U_t/∂ḡ_t)ᵀ ∇ℓ_i: under SGD
 −lr·w_i·‖∇ℓ_i‖² (TracIn, arXiv 2002.08484, section 3), under Adam the same with every element preconditioned. It needs
 the per-sample gradients themselves, unlike every other signal: one forward and backward pass over the batch by vmap,
-about the cost of another training step, and memory for a chunk of gradients.
+about the cost of another training step, and memory for a chunk of gradients. Models that vmap cannot follow (fused
+attention, masks made of data) are read by hooks, if all their trained layers have closed forms, else row by row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from finfluence.gradients import check_model, evaluating
+from finfluence.errors import RecordingError
+from finfluence.gradients import HookedDerivatives, check_model, evaluating
 from finfluence.runs.data import batch_length, take
 from finfluence.runs.engine import Engine
 from finfluence.runs.sampling import Batch
@@ -52,7 +54,10 @@ class SelfSignals:
         self._rules = from_torch(engine.optimizer, engine.parameters)
         per_sample = sum(p.numel() * p.element_size() for p in engine.parameters.values())
         self._chunk = max(1, chunk_bytes // per_sample)
+        self._micro = -(-engine.plan.batch_size // engine.plan.accumulation)
         self._vectorised = True
+        self._hooks: HookedDerivatives | None = None
+        self._hookable, self._verified = True, False
 
     def values(self, batch: Batch) -> np.ndarray:
         """The signals of a batch at the parameters and optimizer state before its step, before clipping.
@@ -98,12 +103,63 @@ class SelfSignals:
                 # Control flow that depends on data, or an operation without a batching rule; a true error of the
                 # model shows again in the loop.
                 self._vectorised = False
-        for row in rows:
+        done = 0
+        if self._hookable and len(rows) > 1:
+            try:
+                # in parts as large as training's: what the activations of a chunk take is not known
+                for part in np.array_split(rows, -(-len(rows) // self._micro)):
+                    yield self._hooked_gradients(part)
+                    done += len(part)
+            except (RecordingError, NotImplementedError):
+                self._hookable = False
+                self.close()
+        for row in rows[done:]:
             loss = engine.losses(engine.model, np.array([row])).sum()
             found = torch.autograd.grad(
                 loss, list(engine.parameters.values()), allow_unused=True, materialize_grads=True
             )
             yield {name: g[None] for name, g in zip(engine.parameters, found, strict=True)}
+
+    def _hooked_gradients(self, rows: np.ndarray) -> Gradients:
+        """Gradients of all rows from the layers' inputs and output gradients.
+
+        Raises:
+            RecordingError: a trained layer has no closed form, or the gradients of the first rows do not sum to the
+                batch's (a parameter that is used outside its layer).
+            NotImplementedError: samples do not stand in rows of their own.
+        """
+        engine = self.engine
+        if self._hooks is None:
+            self._hooks = HookedDerivatives(engine.model, engine.parameters)
+        parameters, whole = list(engine.parameters.values()), None
+        with self._hooks.record_gradients(len(rows)) as recording:
+            total = engine.losses(engine.model, rows).sum()
+            if self._verified:
+                self._hooks.backward(total)
+            else:
+                whole = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+        assert recording.gradients is not None
+        found = {
+            name: recording.gradients[name] if name in recording.gradients else p.new_zeros(len(rows), *p.shape)
+            for name, p in engine.parameters.items()
+        }
+        if whole is not None:
+            self._check(found, dict(zip(found, whole, strict=True)))
+        return found
+
+    def _check(self, found: Gradients, whole: Gradients) -> None:
+        missing = sum(float((g.sum(0) - whole[name]).double().square().sum()) for name, g in found.items())
+        size = sum(float(g.double().square().sum()) for g in whole.values())
+        low = self._hooks is not None and self._hooks.low_precision
+        if not missing <= (1e-2 if low else 1e-5) * size:  # squares: a relative difference of a tenth, or of 0.003
+            raise RecordingError("the gradients of single samples do not sum to that of the batch")
+        self._verified = True
+
+    def close(self) -> None:
+        """Takes what was put on the model off again."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
 
 
 def _vectorised_gradients(engine: Engine, data: Any) -> Gradients:

@@ -219,7 +219,8 @@ def train(
     if sensitivity == "live" and panel.samples:
         live_panel = full_panel(n, panel.positions) if signals == "full" else panel
     try:
-        with isolated_rng(engine.device):
+        with isolated_rng(engine.device), contextlib.ExitStack() as stack:
+            own = None if self_influence == "none" else stack.enter_context(contextlib.closing(SelfSignals(engine)))
             loop = RecordingLoop(
                 engine,
                 writer,
@@ -228,7 +229,7 @@ def train(
                 recorder=recorder,
                 panel=live_panel,
                 watched=watched,
-                own=None if self_influence == "none" else SelfSignals(engine),
+                own=own,
                 own_steps=self_steps(engine.total_steps) if self_influence == "all" else None,
                 names=names,
                 interval=interval,

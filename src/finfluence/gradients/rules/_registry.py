@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finfluence.gradients._layout import Layout, sum_to_samples
+from finfluence.gradients._layout import Layout, Segments, sum_to_samples, unfolded
 
 
 class LocalQueries(Protocol):
@@ -71,6 +71,20 @@ class Call:
         per_row = products.sum(-1, dtype=self.accumulate).mT
         return self.samples(per_row.unflatten(0, self.delta.shape[:-1]), keep=1)
 
+    def by_sample(self, tensor: Tensor, *, keep: int) -> Tensor:
+        """(b, rows of the sample, *last `keep` dimensions) of a tensor whose leading dimensions are the output's.
+
+        Raises:
+            NotImplementedError: samples of different lengths stand one behind the other.
+        """
+        if isinstance(self.layout, Segments):
+            raise NotImplementedError("samples of different lengths in one row")
+        kept = tensor.shape[tensor.ndim - keep :]
+        if self.batch_size > 1:
+            tensor, batch = unfolded(tensor, self.batch_size, self.layout)
+            tensor = tensor.movedim(batch, 0)
+        return tensor.reshape(self.batch_size, -1, *kept)
+
     def add(self, directions: list[int], contribution: Tensor) -> None:
         """Add (b, len(directions)) to the accumulator's columns."""
         if contribution.device != self.values.device or contribution.dtype != self.values.dtype:
@@ -97,6 +111,8 @@ class Rule:
         needs_input: names whose contribution needs the layer's input.
         feature_dims: trailing dimensions of the output that are not the batch, by module and dimensions of the output.
         matmul: whether autocast runs the layer in low precision.
+        gradients: the samples' own gradients, (b, *shape) by the layer's local names, in the accumulator's dtype; None
+            where there is no closed form that is small enough.
     """
 
     compute: Callable[[Call], None]
@@ -104,6 +120,7 @@ class Rule:
     needs_input: frozenset[str]
     feature_dims: Callable[[Any, int], int]
     matmul: bool
+    gradients: Callable[[Call], dict[str, Tensor]] | None = None
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -122,6 +139,19 @@ def register(
         for kind in kinds:
             _RULES[kind] = Rule(compute, frozenset(parameters), frozenset(needs_input), feature_dims, matmul)
         return compute
+
+    return decorate
+
+
+def register_gradients(
+    *kinds: type[nn.Module],
+) -> Callable[[Callable[[Call], dict[str, Tensor]]], Callable[[Call], dict[str, Tensor]]]:
+    """Add the samples' own gradients to the rule of some module types."""
+
+    def decorate(gradients: Callable[[Call], dict[str, Tensor]]) -> Callable[[Call], dict[str, Tensor]]:
+        for kind in kinds:
+            _RULES[kind] = replace(_RULES[kind], gradients=gradients)
+        return gradients
 
     return decorate
 

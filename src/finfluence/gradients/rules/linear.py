@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from finfluence.gradients.rules._registry import Call, register
+from finfluence.gradients.rules._registry import Call, register, register_gradients
 
 
 @register(nn.Linear, needs_input=["weight"], feature_dims=lambda module, ndim: 1, matmul=True)
@@ -15,6 +15,16 @@ def linear(call: Call) -> None:
         _weight(call)
     if call.queries.dense("bias", dtype=call.accumulate):
         call.add_affine("bias", call.samples(call.delta, keep=1))
+
+
+@register_gradients(nn.Linear)
+def linear_gradients(call: Call) -> dict[str, Tensor]:
+    """einsum("bno,bni->boi", δ, x) and the sum of δ over a sample's rows n."""
+    delta = call.by_sample(call.delta, keep=1).to(call.accumulate)
+    found = {"bias": delta.sum(1)}
+    if call.input is not None:
+        found["weight"] = delta.mT @ call.by_sample(call.source, keep=1).to(call.accumulate)
+    return found
 
 
 def _weight(call: Call) -> None:
