@@ -15,6 +15,7 @@ import pytest
 from oracle_problems import Misfortunes, N, Serial, dataset, experiment, mlp, queries
 
 from finfluence.errors import InputError, OracleError
+from finfluence.influence import metadata
 from finfluence.runs.oracle import open_truth, retrain, retrain_until
 from finfluence.runs.oracle.arms import BASE, make_arm, run_seed
 from finfluence.runs.tasks import ClassificationTask
@@ -175,6 +176,16 @@ def test_measured_epochs_are_kept_apart(tmp_path: Any) -> None:
         truth = work.extend(5)
     assert truth.epochs == [1, 3]
     assert not np.array_equal(truth.losses("one", "some", epoch=1), truth.losses("one", "some"))
+    mean = truth.losses("one", "some", epoch="mean")
+    for arm, (first, last) in enumerate(
+        zip(truth.losses("one", "some", epoch=1), truth.losses("one", "some"), strict=True)
+    ):
+        np.testing.assert_allclose(mean[arm], (first + last) / 2)
+    frame = truth.influence("one", epoch="mean")
+    assert metadata(frame)["epoch"] == "mean"
+    assert frame["mu"].to_list() != truth.influence("one")["mu"].to_list()
+    with pytest.raises(InputError, match="or 'mean'"):
+        truth.influence("one", epoch=2)
 
 
 def test_until_precise(tmp_path: Any) -> None:

@@ -93,7 +93,12 @@ class _Perturbed(Engine):
 def brute_force(
     run: fi.Run, step: int, *, slot: int | None = None, row: int | None = None, size: float = 1e-3, **problem: Any
 ) -> np.ndarray:
-    """(n_queries,) derivative of the measurements by one sample's weight: extrapolated central differences of runs."""
+    """(n_queries,) derivative of the measurements by one sample's weight: extrapolated central differences of runs.
+
+    Measured is the mean after the run's `measured_epochs`.
+    """
+    per_epoch = run.steps().height // int(run.manifest["epochs"])
+    ends = {epoch * per_epoch for epoch in run.measured_epochs}
     plan = Plan.from_dict(run.manifest["plan"])
     make = problem.get("make", mlp)
     task, data, asked = problem.get("task", TASK), problem.get("data") or dataset(), problem.get("queries") or queries()
@@ -102,12 +107,16 @@ def brute_force(
         model = make()
         engine = _Perturbed(task, model, dataset=data, plan=plan)
         engine.configure(step, size, slot=slot, row=row)
+        values = []
         with isolated_rng(torch.device("cpu")):
             for batch in engine.batches():
                 engine.step(batch)
-        model.eval()
-        with torch.no_grad():
-            return np.array([float(task.measure(model, batch)) for batch in asked.values()])
+                if batch.step + 1 in ends:
+                    model.eval()
+                    with torch.no_grad():
+                        values.append([float(task.measure(model, batch)) for batch in asked.values()])
+                    model.train()
+        return np.mean(values, axis=0)
 
     def central(size: float) -> np.ndarray:
         return (measured(size) - measured(-size)) / (2 * size)

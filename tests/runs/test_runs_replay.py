@@ -5,6 +5,9 @@ Protects: calibration. A signal is the derivative of the final measurement throu
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import numpy as np
 import polars as pl
 import pytest
@@ -12,6 +15,7 @@ import replay_problems as problems
 import torch
 
 import finfluence as fi
+from finfluence.errors import InputError
 from finfluence.runs import ReplayOptions
 from finfluence.runs.panel import NoisePanel
 from finfluence.runs.plan import Schedule
@@ -163,3 +167,63 @@ def test_full_signals_evaluate_every_sample_and_influence_uses_them(tmp_path):
     signals, expected = full.influence("one", estimator="tracin"), batch.influence("one", estimator="tracin")
     assert not np.allclose(signals["mu"], expected["mu"])
     assert full.influence("one")["se"].to_numpy().max() < batch.influence("one")["se"].to_numpy().max()
+
+
+@pytest.mark.parametrize(("epochs", "measured"), [((1, 3), (1, 3)), ("second-half", (1, 2, 3)), ((3,), (3,))], ids=str)
+@pytest.mark.parametrize("optimizer", [fi.SGD(lr=0.2, momentum=0.8), fi.AdamW(lr=0.02)], ids=["sgd", "adamw"])
+def test_a_mean_over_epochs(tmp_path, epochs, measured, optimizer):
+    """Signals are the derivative of the mean of what is measured after several epochs."""
+    options = fi.runs.ReplayOptions(
+        damping=0.0, second_moment="exact", clip_derivative="exact", hessian="exact", measure_epochs=epochs
+    )
+    # dropout shows that the queries' gradients are taken in evaluation mode and leave the random states alone
+    net = functools.partial(problems.mlp, dropout=0.3)
+    run = problems.train(tmp_path / "run", model=net(), optimizer=optimizer, replay_options=options)
+    assert run.measured_epochs == measured
+    assert fi.open_run(tmp_path / "run").measured_epochs == measured
+    problems.check_against_brute_force(run, [(1, 2), (4, 2), (5, 0), (9, 1), (14, 0)], tolerance=1e-5, make=net)
+
+
+def test_a_steep_measurement_on_the_way_is_no_divergence(tmp_path):
+    """After sixty epochs of a large learning rate the training loss has hardly a gradient left; after one it has."""
+    settings = {
+        "queries": {"train": problems.dataset()},
+        "optimizer": fi.SGD(lr=2.0),
+        "epochs": 60,
+        "schedule": Schedule("linear"),
+        "sensitivity": "replay",
+    }
+    options = dataclasses.replace(problems.EXACT, measure_epochs=(1, 60), divergence=8.0, caution=7.0)
+    run = problems.train(tmp_path / "run", **settings, replay_options=options)
+    replayed = run.manifest["replay"]
+    assert 0.5 * replayed["reference"][0] > 8 * replayed["norms"][0]  # would have been taken for divergence
+    assert replayed["diverged"] == {}
+
+
+def test_what_is_measured_is_checked_and_part_of_the_replay(tmp_path):
+    for wrong in ((), (0, 3), (2, 1), (1.5, 3), "last"):
+        with pytest.raises(InputError, match="increasing whole epochs"):
+            fi.runs.ReplayOptions(measure_epochs=wrong)
+    run = problems.train(tmp_path / "run")
+    assert run.measured_epochs == (3,)
+
+    def again(epochs):
+        return fi.runs.replay(
+            tmp_path / "run",
+            problems.TASK,
+            problems.mlp(),
+            dataset=problems.dataset(),
+            queries=problems.queries(),
+            options=dataclasses.replace(problems.EXACT, measure_epochs=epochs),
+            show_progress="never",
+        )
+
+    with pytest.raises(InputError, match="end with it"):
+        again((1, 2))
+    before = problems.step_signals(run, 0)
+    mean = again([2, 3])
+    assert mean.measured_epochs == (2, 3)
+    assert not np.allclose(problems.step_signals(mean, 0), before)
+    end = again(None)
+    assert end.measured_epochs == (3,)
+    np.testing.assert_array_equal(problems.step_signals(end, 0), before)

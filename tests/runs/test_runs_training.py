@@ -167,6 +167,21 @@ def test_relative_influence_from_the_self_signals_of_batches(tmp_path: Path) -> 
     np.testing.assert_allclose(table["relative"].to_numpy(), expected, rtol=1e-5)
 
 
+def test_pooled_relative_influence_is_the_mean_in_a_common_unit(tmp_path: Path) -> None:
+    runs = [record(tmp_path / str(seed), model(2), seed=seed, self_influence="record") for seed in (1, 2)]
+    frames = [run.influence("first", relative=True) for run in runs]
+    sigmas = [float(fi.influence.metadata(frame)["sigma"]) for frame in frames]
+    common = np.sqrt(np.mean(np.square(sigmas)))
+    pooled = fi.pool(runs, "first", relative=True)
+    parts = [
+        frame.sort("sample")["relative"].to_numpy() * sigma / common
+        for frame, sigma in zip(frames, sigmas, strict=True)
+    ]
+    np.testing.assert_allclose(pooled.sort("sample")["relative"].to_numpy(), np.mean(parts, axis=0), rtol=1e-9)
+    assert pooled.drop("relative").equals(fi.pool(runs, "first"))
+    assert fi.influence.metadata(pooled)["runs"] == 2
+
+
 def test_relative_influence_asks_for_self_influence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no self-influence; record it with train"):
         record(tmp_path / "run").influence("first", relative=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class RecordingLoop:
         self.panel, self.watched, self.own, self.names, self.interval = panel, watched, own, names, interval
         self.own_steps = own_steps
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
+        self.own_seconds = 0.0
         self._per_epoch = engine.plan.sampler.steps_per_epoch(engine.n, engine.plan.batch_size)
 
     def run(self, start: int, *, show: ShowProgress) -> None:
@@ -103,7 +105,11 @@ class RecordingLoop:
         # Sensitivities depend on this step's learning rate, and are taken before its forward pass.
         self.engine.set_learning_rate(batch.step)
         judged = self._judged(batch)
-        own = None if self.own is None or judged is None else self.own.values(judged)
+        own = None
+        if self.own is not None and judged is not None:
+            began = time.perf_counter()
+            own = self.own.values(judged)
+            self.own_seconds += time.perf_counter() - began
         result = self._bare_step(batch) if self.recorder is None else self._recorded_step(batch, self.recorder)
         if own is not None and judged is not None:
             names = self.names[judged.indices]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,8 @@ class SegmentWalker:
         diverged: what was found before, by query.
         settled: of the update at the end of the run; None for none.
         longest: steps of the longest segment.
+        measured: weight, in the mean that is asked about, of the measurement before each step that has one.
+        gradients: (n_queries, size) ∇m where the model is.
     """
 
     def __init__(
@@ -66,9 +68,12 @@ class SegmentWalker:
         diverged: dict[str, str],
         settled: Settled | None,
         longest: int,
+        measured: Mapping[int, float],
+        gradients: Callable[[], Tensor],
     ) -> None:
         self.engine, self.update, self.options, self.panel, self.monitor = engine, update, options, panel, monitor
         self.diverged, self.settled = diverged, settled
+        self._measured, self._gradients = dict(measured), gradients
         self.hooks = HookedDerivatives(engine.model, engine.parameters)
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
         self.limit = tolerance(engine.parameters)
@@ -180,6 +185,11 @@ class SegmentWalker:
                 panel = panel_signals(self.engine, self.members, directions, step=batch.step, hooks=self.hooks)
                 panel /= batch.denominator
             adjoint = curvature.add_(adjoint)
+            if (weight := self._measured.get(batch.step)) is not None:
+                self._set_parameters(theta)
+                joining = self._gradients()
+                self.monitor.joined(joining)
+                adjoint += weight * joining
             norms, bad = self.monitor.watch(batch.step, adjoint)
             if bad:
                 adjoint, adjoint_state = self._drop(bad, adjoint, adjoint_state)

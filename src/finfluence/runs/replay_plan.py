@@ -44,6 +44,10 @@ class ReplayOptions:
             suits smooth losses. ReLU has its curvature in kinks, which exact products miss and differences over a
             finite length count: 0.04 suits linear layers and ReLU under SGD. Counting few kinks is noisy: Adam's
             small first denominators and convolutions make more of that noise than of the kinks, and exact does better.
+        measure_epochs: epochs after which the queries are measured, increasing and up to the last, or "second-half";
+            influence is on the mean of the measurements. Where the end of a training jitters, the mean over its last
+            epochs is what reruns agree on, in a smaller unit of noise. None for the end alone.
+            `retrain(measure_epochs=...)` and `truth.influence(query, epoch="mean")` measure the same.
         clip_derivative: whether the factor of gradient clipping is taken as "constant" or differentiated ("exact").
         tolerance: relative difference between re-executed and stored parameters above which the replay stops; None for
             1e-5 in float32, 1e-12 in float64 and 1e-3 in lower precision.
@@ -61,6 +65,7 @@ class ReplayOptions:
     second_moment: SecondMoment = "settled"
     hessian: HessianMethod = "auto"
     smoothing: float | None = None
+    measure_epochs: tuple[int, ...] | Literal["second-half"] | None = None
     clip_derivative: ClipDerivative = "constant"
     tolerance: float | None = None
     divergence: float = 30.0
@@ -87,6 +92,14 @@ class ReplayOptions:
                 f"exact Hessian products have no length to smooth over, got smoothing={self.smoothing!r}; "
                 "set hessian='central' or leave it 'auto'"
             )
+        if self.measure_epochs is not None and self.measure_epochs != "second-half":
+            epochs = self.measure_epochs
+            whole = not isinstance(epochs, str) and all(isinstance(e, int) and e > 0 for e in epochs)
+            if not whole or not epochs or sorted(set(epochs)) != list(epochs):
+                raise InputError(
+                    f"measure_epochs is {epochs!r}; give increasing whole epochs from 1 on, or 'second-half'"
+                )
+            object.__setattr__(self, "measure_epochs", tuple(epochs))
         if self.tolerance is not None and not self.tolerance > 0:
             raise InputError(f"tolerance must be positive, got {self.tolerance!r}")
         if self.memory_bytes is not None and self.memory_bytes < 0:
@@ -96,6 +109,22 @@ class ReplayOptions:
     def adjoint(self) -> AdjointOptions:
         """What concerns the optimizer's derivative alone."""
         return AdjointOptions(damping=self.damping, second_moment=self.second_moment)
+
+    def measured(self, epochs: int) -> tuple[int, ...]:
+        """The epochs after which a training of so many is measured.
+
+        Raises:
+            InputError: `measure_epochs` does not end with the last.
+        """
+        if self.measure_epochs is None:
+            return (epochs,)
+        if self.measure_epochs == "second-half":
+            return tuple(range(max(1, epochs // 2), epochs + 1))
+        if self.measure_epochs[-1] != epochs:
+            raise InputError(
+                f"measure_epochs ends with {self.measure_epochs[-1]}, the training with epoch {epochs}; end with it"
+            )
+        return self.measure_epochs
 
     def method(self, model_size: int) -> Literal["exact", "one-sided", "central"]:
         """The Hessian-vector product for a model with this many parameters, frozen ones included."""
@@ -122,6 +151,10 @@ class ReplayOptions:
             del found[name]
         if self.smoothing is None:
             del found["smoothing"]  # a replay from before there was the option is the same replay
+        if self.measure_epochs is None:
+            del found["measure_epochs"]
+        elif self.measure_epochs != "second-half":
+            found["measure_epochs"] = list(self.measure_epochs)  # as it is read back from JSON
         return found | {"divergence": str(self.divergence)}
 
 

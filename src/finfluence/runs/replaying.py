@@ -211,18 +211,22 @@ class _Replay:
         self.engine = Engine(task, model, dataset=dataset, plan=recording.plan, collate=collate)
         self.update = FlatUpdate(self.engine.parameters, recording.plan.optimizer.rule)
         self.batches = query_batches(queries, collate=collate, device=self.engine.device)
+        self.measured = self._measuring_steps()
         self.store = ReplayStore(folder, writer, queries=recording.queries)
         self.plan = recording.estimate(self.update, model, options)
 
     def run(self, show: ShowProgress) -> None:
         """Walks all segments that are not finished, last first."""
         self._restore(self.recording.cuts[-1])
-        adjoint, state = self._gradients(), None
+        end_gradients, state = self._gradients(), None
         settled = None
         if self.options.second_moment == "settled":
             settled = self.update.settled(*self.update.read_state(self.engine.optimizer, self.engine.parameters))
-        norms = query_norms(adjoint)
+        norms = query_norms(end_gradients)
+        adjoint = end_gradients * self.measured.pop(self.engine.total_steps)
         self.store.begin(self.options.as_dict(), norms)
+        if self.options.measure_epochs is not None:
+            self.store.update(measured_epochs=list(self.options.measured(self.engine.plan.epochs)))
         entry = self.store.entry
         if entry["finished"]:
             return
@@ -232,7 +236,10 @@ class _Replay:
             adjoint, state = self.store.load(end, self.update, like=adjoint)
         names = self.recording.queries
         monitor = AdjointMonitor(
-            factor=self.options.divergence, caution=self.options.caution, queries=names, first=norms
+            factor=self.options.divergence,
+            caution=self.options.caution,
+            queries=names,
+            first=norms if end is None else entry.get("reference") or norms,
         )
         walker = SegmentWalker(
             self.engine,
@@ -243,6 +250,8 @@ class _Replay:
             diverged=dict(entry["diverged"]),
             settled=settled,
             longest=max((b - a for a, b in itertools.pairwise(self.recording.cuts)), default=0),
+            measured=self.measured,
+            gradients=self._gradients,
         )
         try:
             self._sweep(walker, self.engine.total_steps if end is None else end, adjoint, state=state, show=show)
@@ -258,6 +267,12 @@ class _Replay:
             warnings.warn(
                 f"{message}; {query!r} has no scores, the other queries have", FinfluenceWarning, stacklevel=3
             )
+
+    def _measuring_steps(self) -> dict[int, float]:
+        """Weight of each step's beginning, and of the end, in what is measured."""
+        total = self.engine.plan.epochs
+        epochs, per_epoch = self.options.measured(total), self.engine.total_steps // total
+        return {epoch * per_epoch: 1.0 / len(epochs) for epoch in epochs}
 
     def _restore(self, step: int) -> None:
         restore_training_state(self.engine.model, self.engine.optimizer, self.recording.states.load(step))
@@ -294,6 +309,7 @@ class _Replay:
                 self._check_residuals(found, walker)
                 fields = {
                     "diverged": walker.diverged,
+                    "reference": walker.monitor.reference,
                     "largest_mismatch": self.mismatch,
                     "largest_residual": self.residual,
                 }

@@ -281,6 +281,12 @@ class Run:
             return two_stage_samples(found.index, **flat, rule=rule, reporting=reporting, meta=meta)
         return two_stage_subsets(found.index, subsets, **flat, rule=rule, reporting=reporting, key=key, meta=meta)
 
+    @property
+    def measured_epochs(self) -> tuple[int, ...]:
+        """Epochs after which the queries were measured; influence is on the mean (see `ReplayOptions`)."""
+        replayed = self.manifest.get("replay") or {}
+        return tuple(replayed.get("measured_epochs") or [int(self.manifest["epochs"])])
+
     def _watched_sizes(self) -> dict[str, int]:
         return {name: len(members) for name, members in self.manifest.get("watch", {}).items()}
 
@@ -349,6 +355,7 @@ def pool(
     alternative: Alternative = "two-sided",
     correction: Correction = "bh",
     shifts: Shifts = "kriged",
+    relative: bool = False,
 ) -> pl.DataFrame:
     """Influence averaged over several runs (seeds) of the same training.
 
@@ -365,23 +372,33 @@ def pool(
         alternative: of the p-values.
         correction: of the q-values.
         shifts: as in `Run.influence`.
+        relative: adds the column `relative`, the mean over runs; as in `Run.influence`.
 
     Returns:
         The columns of `Run.influence`.
 
     Raises:
-        InputError: fewer than two runs, or runs on different samples.
+        InputError: fewer than two runs, runs on different samples, or without what `relative` needs.
     """
     if len(runs) < 2:
         raise InputError(f"pooling needs at least two runs, got {len(runs)}; a single run has run.influence(query)")
-    frames = [run.influence(query, subsets=subsets, groups=groups, level=level, shifts=shifts) for run in runs]
+    frames = [
+        run.influence(query, subsets=subsets, groups=groups, level=level, shifts=shifts, relative=relative)
+        for run in runs
+    ]
     if query == SELF:  # each run's own unit: there is no noise of the measurement in it
         return pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
     sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
     common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
+    scaled = ["mu", "se", *(["relative"] if relative else [])]
     frames = [
-        attach(frame.with_columns(pl.col("mu", "se") * (sigma / common)), **metadata(frame))
+        attach(frame.with_columns(pl.col(scaled) * (sigma / common)), **metadata(frame))
         for frame, sigma in zip(frames, sigmas, strict=True)
     ]
     reporting = Reporting(level=level, alternative=alternative, correction=correction)
-    return pool_frames(frames, reporting=reporting)
+    pooled = pool_frames(frames, reporting=reporting)
+    if not relative:
+        return pooled
+    means = pl.concat(frame.select("sample", "relative") for frame in frames).group_by("sample").mean()
+    joined = pooled.join(means, on="sample", how="left", maintain_order="left")
+    return attach(joined, **metadata(pooled))

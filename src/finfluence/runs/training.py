@@ -239,7 +239,10 @@ def train(
                 recorder.attach(writer, table=live_table, step=start)
             began = time.perf_counter()
             loop.run(start, show=show_progress)
-        seconds = (time.perf_counter() - began) * engine.total_steps / max(1, engine.total_steps - start)
+        # a replay is planned by what a step takes, without the passes over all samples for their self-influence
+        seconds = (
+            (time.perf_counter() - began - loop.own_seconds) * engine.total_steps / max(1, engine.total_steps - start)
+        )
         writer.update_manifest(
             largest_residual=_largest_residual(directory) if recorder else None,
             training_seconds=seconds if start < engine.total_steps else writer.manifest.get("training_seconds"),

@@ -147,6 +147,20 @@ class AdjointMonitor:
         self._first = list(first)
         self._warned: set[int] = set()
 
+    @property
+    def reference(self) -> list[float]:
+        """The norms that growth is measured against, one a query; to continue a sweep with."""
+        return list(self._first)
+
+    def joined(self, gradients: Tensor) -> None:
+        """Count gradients that join the adjoint on its way: what is measured earlier may be steeper than the end.
+
+        Args:
+            gradients: (queries, size).
+        """
+        norms = torch.linalg.vector_norm(gradients, dim=-1).tolist()
+        self._first = [max(first, norm) for first, norm in zip(self._first or [0.0] * len(norms), norms, strict=True)]
+
     def check(self, step: int, adjoint: Tensor) -> tuple[float, ...]:
         """Record the norm of dm/dtheta_step and check it.
 

@@ -276,7 +276,7 @@ def make_panel(section: SensitivitySection, n: int) -> NoisePanel:
 def make_replay_options(section: SensitivitySection) -> ReplayOptions:
     """The replay of a configuration."""
     options: dict[str, Any] = {} if section.damping is None else {"damping": section.damping}
-    return ReplayOptions(hessian=section.hessian, **options)
+    return ReplayOptions(hessian=section.hessian, measure_epochs=section.measure_epochs, **options)
 
 
 def _context(section: ModelSection) -> int | None:

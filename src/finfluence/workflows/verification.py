@@ -201,6 +201,8 @@ def verify(
     # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
     arm = f"removed-{digest}"
     plan = Plan.from_dict(run.manifest["plan"])
+    measured = run.measured_epochs
+    place = "verify" if len(measured) == 1 else "verify-mean"
     experiment = Retraining(
         recipe.task,
         _from_recorded_start(run, recipe.make_model),
@@ -210,7 +212,8 @@ def verify(
         optimizer=plan.optimizer,
         epochs=plan.epochs,
         batch_size=plan.batch_size,
-        directory=directory or f"{str(run.directory).rstrip('/')}/verify",
+        directory=directory or f"{str(run.directory).rstrip('/')}/{place}",
+        measure_epochs=measured,
         initialisation="fixed",
         executor=executor or recipe.executor,
         collate=recipe.collate,
@@ -225,7 +228,8 @@ def verify(
         progress=progress,
     )
     with experiment:
-        for interim in retrain_until(experiment, query, precision=precision or 1e-9, runs=runs):
+        epoch = None if len(measured) == 1 else "mean"
+        for interim in retrain_until(experiment, query, precision=precision or 1e-9, runs=runs, epoch=epoch):
             frame = interim.influence.filter(pl.col("subset") == arm)
             state = Verification(
                 query=query,

@@ -23,7 +23,7 @@ from finfluence.runs.oracle.arms import BASE, TrainingBudget, make_arm, make_arm
 from finfluence.runs.oracle.executors import Executor, ExecutorName, Session, make_executor
 from finfluence.runs.oracle.problem import Initialisation, Job, Outcome, Problem, fresh_model
 from finfluence.runs.oracle.store import TruthStore, check_queries
-from finfluence.runs.oracle.truth import LEAST_RUNS, Truth, TruthEstimator
+from finfluence.runs.oracle.truth import LEAST_RUNS, Epoch, Truth, TruthEstimator
 from finfluence.runs.plan import OptimizerConfig, Plan, Precision, Schedule
 from finfluence.runs.sampling import Sampler
 from finfluence.runs.tasks import Task
@@ -319,6 +319,7 @@ def retrain_until(
     step_runs: int = 16,
     estimator: TruthEstimator = "gaussian",
     level: float = 0.95,
+    epoch: Epoch = None,
 ) -> Iterator[Interim]:
     """Retrains in steps until the intervals of mu are narrow enough.
 
@@ -333,6 +334,7 @@ def retrain_until(
         step_runs: runs added to each arm between two looks.
         estimator: see `Truth.influence`.
         level: of the intervals.
+        epoch: see `Truth.influence`.
 
     Yields:
         The state after each step; the last one has `reached`, or `runs` runs.
@@ -353,7 +355,8 @@ def retrain_until(
         truth = experiment.extend(done)
         # the directory may hold subsets of earlier experiments, which are not this one's business
         names = list(experiment.subset_names)
-        influence = truth.influence(query, estimator=estimator, level=level).filter(pl.col("subset").is_in(names))
+        found = truth.influence(query, estimator=estimator, level=level, epoch=epoch)
+        influence = found.filter(pl.col("subset").is_in(names))
         widths = (influence["ci_high"] - influence["ci_low"]).fill_null(float("inf"))
         width = float(widths.to_numpy().max())
         yield Interim(done, truth, influence, width, width <= precision)

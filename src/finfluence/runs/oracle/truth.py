@@ -17,6 +17,7 @@ from finfluence.runs.oracle.store import TruthStore
 from finfluence.tradeoff import TradeoffCurve, compare, gaussian_estimates, gaussianity, tradeoff_curve
 
 TruthEstimator = Literal["gaussian", "rank"]
+Epoch = int | Literal["mean"] | None
 LEAST_RUNS = 4
 # trainings whose measurements agree this closely (relatively) differ by the rounding of float32 alone
 _ROUNDING = 16 * float(np.finfo(np.float32).eps)
@@ -77,7 +78,7 @@ class Truth:
         return f"Truth({size}, {self.runs(None)} trainings with all samples)"
 
     def influence(
-        self, query: str, *, estimator: TruthEstimator = "gaussian", level: float = 0.95, epoch: int | None = None
+        self, query: str, *, estimator: TruthEstimator = "gaussian", level: float = 0.95, epoch: Epoch = None
     ) -> pl.DataFrame:
         """Influence of every subset on a query.
 
@@ -85,7 +86,7 @@ class Truth:
             query: name of the query.
             estimator: "gaussian" (mean difference over pooled sd) or "rank" (sqrt(2) Phi^-1(AUC)); see `compare`.
             level: of the intervals.
-            epoch: one of `epochs`; None for the end of training.
+            epoch: one of `epochs`, "mean" for the mean of the measurements after each, None for the end of training.
 
         Returns:
             One row a subset: subset, size, mu, se, ci_low, ci_high, p_value, q_value (Benjamini-Hochberg over subsets),
@@ -138,7 +139,7 @@ class Truth:
             ),
         )
 
-    def losses(self, query: str, subset: str, *, epoch: int | None = None) -> Losses:
+    def losses(self, query: str, subset: str, *, epoch: Epoch = None) -> Losses:
         """Measurements of a query by models trained with and without a subset (`Losses`).
 
         Raises:
@@ -162,14 +163,12 @@ class Truth:
             )
         return tradeoff_curve(p, q)
 
-    def matrix(
-        self, queries: Sequence[str] | None = None, *, epoch: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def matrix(self, queries: Sequence[str] | None = None, *, epoch: Epoch = None) -> tuple[np.ndarray, np.ndarray]:
         """Gaussian estimates of every query and subset.
 
         Args:
             queries: names; None for all.
-            epoch: one of `epochs`; None for the end of training.
+            epoch: one of `epochs`, "mean" for the mean of the measurements after each, None for the end of training.
 
         Returns:
             mu and its standard error, each (queries, subsets); nan where an arm has fewer than 4 finished runs.
@@ -181,7 +180,7 @@ class Truth:
         return self._estimates(queries, slice(None), epoch)
 
     def split_halves(
-        self, queries: Sequence[str] | None = None, *, epoch: int | None = None
+        self, queries: Sequence[str] | None = None, *, epoch: Epoch = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """mu of every query and subset, twice, from disjoint halves of the trainings of every arm, the base arm too.
 
@@ -189,7 +188,7 @@ class Truth:
 
         Args:
             queries: names; None for all.
-            epoch: one of `epochs`; None for the end of training.
+            epoch: one of `epochs`, "mean" for the mean of the measurements after each, None for the end of training.
 
         Returns:
             Two (queries, subsets) arrays; nan where half an arm has fewer than 4 finished runs.
@@ -213,9 +212,7 @@ class Truth:
         failed = self._trainings.filter(pl.col("status") == "failed")
         return failed.join(names, on="arm", how="left").select("subset", "arm", "run", "seed", "error", "seconds")
 
-    def _estimates(
-        self, queries: Sequence[str] | None, part: slice, epoch: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _estimates(self, queries: Sequence[str] | None, part: slice, epoch: Epoch) -> tuple[np.ndarray, np.ndarray]:
         names = self.queries if queries is None else list(queries)
         columns = self._columns(names)
         mu = np.full((len(names), len(self._arms)), np.nan)
@@ -230,17 +227,22 @@ class Truth:
                 mu[:, j], se[:, j] = found.mu, found.se
         return mu, se
 
-    def _arm(self, arm: str, epoch: int | None) -> np.ndarray:
+    def _arm(self, arm: str, epoch: Epoch) -> np.ndarray:
         """(queries, runs) measurements of an arm's finished trainings."""
         key = (arm, self._epoch(epoch))
         if key not in self._values:
-            chosen = (pl.col("arm") == arm) & (pl.col("epoch") == key[1]) & (pl.col("status") == "finished")
-            self._values[key] = self._trainings.filter(chosen).sort("run").select(self.queries).to_numpy().T
+            own = self._trainings.filter((pl.col("arm") == arm) & (pl.col("status") == "finished"))
+            if key[1] == "mean":
+                own = own.group_by("run").agg(pl.col(self.queries).mean())
+            else:
+                own = own.filter(pl.col("epoch") == key[1])
+            self._values[key] = own.sort("run").select(self.queries).to_numpy().T
         return self._values[key]
 
-    def _epoch(self, epoch: int | None) -> int:
-        if epoch is not None and epoch not in self.epochs:
-            raise InputError(f"epoch {epoch!r} was not measured; choose one of {', '.join(map(str, self.epochs))}")
+    def _epoch(self, epoch: Epoch) -> int | Literal["mean"]:
+        if epoch is not None and epoch != "mean" and epoch not in self.epochs:
+            known = ", ".join(map(str, self.epochs))
+            raise InputError(f"epoch {epoch!r} was not measured; choose one of {known}, or 'mean'")
         return self.epochs[-1] if epoch is None else epoch
 
     def _columns(self, queries: Sequence[str]) -> list[int]:

@@ -241,10 +241,16 @@ def _facts(run: Run, steps: pl.DataFrame) -> list[tuple[str, str]]:
         ("seed", known.get("seed")),
         ("sensitivity", run.sensitivity),
         ("signals", known.get("signals")),
+        ("measured", _measured(run)),
         ("device", (known.get("environment") or {}).get("device")),
         ("versions", ", ".join(f"{k} {v}" for k, v in (known.get("versions") or {}).items())),
     ]
     return [(term, str(value)) for term, value in found if value not in (None, "")]
+
+
+def _measured(run: Run) -> str | None:
+    epochs = run.measured_epochs
+    return None if len(epochs) == 1 else f"the mean after epochs {', '.join(map(str, epochs))}"
 
 
 def _mu(frame: pl.DataFrame) -> np.ndarray:
