@@ -184,20 +184,12 @@ def test_a_mean_over_epochs(tmp_path, epochs, measured, optimizer):
     problems.check_against_brute_force(run, [(1, 2), (4, 2), (5, 0), (9, 1), (14, 0)], tolerance=1e-5, make=net)
 
 
-def test_a_steep_measurement_on_the_way_is_no_divergence(tmp_path):
-    """After sixty epochs of a large learning rate the training loss has hardly a gradient left; after one it has."""
-    settings = {
-        "queries": {"train": problems.dataset()},
-        "optimizer": fi.SGD(lr=2.0),
-        "epochs": 60,
-        "schedule": Schedule("linear"),
-        "sensitivity": "replay",
-    }
-    options = dataclasses.replace(problems.EXACT, measure_epochs=(1, 60), divergence=8.0, caution=7.0)
-    run = problems.train(tmp_path / "run", **settings, replay_options=options)
-    replayed = run.manifest["replay"]
-    assert 0.5 * replayed["reference"][0] > 8 * replayed["norms"][0]  # would have been taken for divergence
-    assert replayed["diverged"] == {}
+def test_steep_measurements_on_the_way_are_not_taken_for_growth(tmp_path):
+    """What growth is measured against holds them, also where a replay goes on."""
+    options = dataclasses.replace(problems.EXACT, measure_epochs=(1, 3))
+    asked = {"train": problems.dataset()}  # whose loss is steeper after one epoch than at the end
+    replayed = problems.train(tmp_path / "run", queries=asked, replay_options=options).manifest["replay"]
+    assert replayed["reference"][0] > 1.2 * replayed["norms"][0]
 
 
 def test_what_is_measured_is_checked_and_part_of_the_replay(tmp_path):

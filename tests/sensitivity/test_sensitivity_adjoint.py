@@ -307,3 +307,11 @@ def test_clip_refuses_nonsense():
         clip_factor(1.0, 0)
     with pytest.raises(InputError, match="'tangent'"):
         clip_vjp(torch.ones(2), torch.ones(2), factor=0.5, derivative="tangent")  # pyright: ignore[reportArgumentType]
+
+
+def test_gradients_that_join_the_adjoint_are_part_of_what_growth_is_measured_against():
+    monitor = AdjointMonitor(factor=30.0, caution=29.0, first=[1.0, 1.0])
+    monitor.joined(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+    assert monitor.reference == pytest.approx([5.0, 1.0])
+    _, diverged = monitor.watch(3, torch.tensor([[100.0, 0.0], [40.0, 0.0]]))
+    assert list(diverged) == [1]

@@ -40,6 +40,17 @@ def test_measured_mu_agrees_with_prediction_for_the_flipped_labels(run: fi.Run) 
     assert "lowers the measurement" in str(last)
 
 
+def test_a_mean_over_epochs_is_verified_as_a_mean(tmp_path: Path) -> None:
+    options = fi.ReplayOptions(measure_epochs="second-half")
+    run = digits(samples=200, epochs=4, seed=3).train(tmp_path / "run", sensitivity="replay", replay_options=options)
+    *_, last = verify(run, run.samples().filter("planted")["sample"].to_numpy(), runs=32, progress=False)
+    assert last.truth.epochs == [2, 3, 4]
+    assert (tmp_path / "run" / "verify-mean").is_dir()
+    arm = last.truth.influence("validation", epoch="mean")["mu"][0]
+    assert last.measured.mu == pytest.approx(arm)
+    assert 0.4 < last.predicted.mu / last.measured.mu < 2.5
+
+
 def test_precision_stops_early(run: fi.Run) -> None:
     states = list(verify(run, np.arange(10), runs=400, precision=3.0, progress=False))
     assert states[-1].finished
