@@ -2,6 +2,7 @@
 
     python -m benchmarks calibration                             # every setting: hours on two cores
     python -m benchmarks calibration --settings tanh-sgd         # one setting: some minutes
+    python -m benchmarks calibration --settings tanh-sgd --mean  # of the mean over the second half of the epochs
     python -m benchmarks calibration --quick                     # a smoke test
 
 500 samples with 10 % wrong labels, 40 single-example queries, batch 20, 20 epochs, fixed initialisation. A rank
@@ -51,6 +52,7 @@ def truth_of(setting: Setting, data: Data, runs: int, directory: Path) -> fi.Tru
         initialisation="fixed",
         executor="ensemble",
         directory=directory,
+        measure_epochs=setting.replay.measured(setting.epochs),
         **setting.options,
     )
 
@@ -129,8 +131,9 @@ def evaluate(
     truth = truth_of(setting, data, runs, truth_directory / setting.name)
     seconds = None if reused else time.perf_counter() - began
     names = single_queries(data)
-    measured = truth.matrix(names)
-    top = ceiling(*truth.split_halves(names))
+    epoch = None if len(truth.epochs) == 1 else "mean"
+    measured = truth.matrix(names, epoch=epoch)
+    top = ceiling(*truth.split_halves(names, epoch=epoch))
     estimates: dict[str, list[Estimate]] = {kind: [] for kind in KINDS}
     aurocs: dict[str, list[float]] = {kind: [] for kind in KINDS}
     kept: dict[str, list[fi.Run]] = {"batch": [], "full": []}
@@ -177,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--path-noise", type=float, default=None, help="of single runs' intervals, see Run.influence")
     parser.add_argument("--truth", type=Path, default=None, help="keep (and reuse) the retrainings here")
     parser.add_argument("--recordings", type=Path, default=None, help="keep (and reuse) the recorded runs here")
+    parser.add_argument("--mean", action="store_true", help="measure the mean over the second half of the epochs")
     parser.add_argument("--output", type=Path, default=None, help="add the figures to this JSON file")
     parser.add_argument("--quick", action="store_true", help="16 retrainings, one run, 3 epochs: a smoke test")
     options = parser.parse_args(arguments)
@@ -187,6 +191,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for name in options.settings:
             setting, runs, seeds = SETTINGS[name], options.runs, options.seeds
+            if options.mean:
+                setting = replace(
+                    setting,
+                    name=f"{name}-mean",
+                    note=f"{setting.note}, mean over the second half",
+                    replay=replace(setting.replay, measure_epochs="second-half"),
+                )
             if options.quick:
                 setting, runs, seeds = replace(setting, epochs=3), 16, 1
             found = evaluate(
@@ -194,11 +205,11 @@ def main(arguments: list[str] | None = None) -> None:
                 runs=runs,
                 seeds=seeds,
                 truth_directory=(options.truth or scratch / "truth"),
-                recordings=(options.recordings or scratch / "recordings") / name,
+                recordings=(options.recordings or scratch / "recordings") / setting.name,
                 path_noise=options.path_noise,
             )
             print(f"{table(found)}\n", flush=True)
-            rows = [r for r in rows if r["setting"] != name] + found
+            rows = [r for r in rows if r["setting"] != setting.name] + found
             if options.output:
                 options.output.write_text(
                     json.dumps({"rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8"

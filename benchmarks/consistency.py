@@ -6,8 +6,9 @@
 other batch orders and initial parameters ("shuffling + initialisation"). Each method scores every sample in every
 run; the table has the mean pairwise Jaccard similarity of the top 1, 5 and 10 % and of what the method flags, with
 jackknife intervals over runs, and the joint figure: the share of the wrong labels that *every* run puts in its top
-10 %, or flags. "5 runs averaged" compares disjoint groups of five runs with each other. Two uses are kept apart:
-influence on the validation loss ("query"), and what a sample does to itself ("self").
+10 %, or flags. "5 runs averaged" compares disjoint groups of five runs with each other. With --measured, one table
+compares the end of training with the mean of what is measured after each epoch of its second half, and nothing else is
+run. Two uses are kept apart: influence on the validation loss ("query"), and what a sample does to itself ("self").
 
 Published, of the most influential samples on MNIST with an MLP over reruns (f-INE, arXiv 2510.10510): f-INE 0.938,
 TRAK 0.736, influence functions 0.567, TracIn 0.564.
@@ -24,10 +25,12 @@ import numpy as np
 import torch
 
 import finfluence as fi
-from benchmarks._data import NOISES, Problem, clean_problem, sources, with_noise
+from benchmarks._data import NOISES, Problem, clean_problem, sources, tensors, with_noise
 from benchmarks._methods import QUERY, Scores, Training, baselines, harmful, own_scores, record, standing_out, train
 from benchmarks._peers import PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
+from benchmarks.peers.common import network
+from finfluence.influence import detection
 from finfluence.influence.consistency import (
     joint_recall,
     mean_over_pairs,
@@ -61,6 +64,21 @@ COLUMNS = {
     "spearman": "rank correlation|.3f",
     "joint_10": "joint, top 10 %|.3f",
     "joint_flagged": "joint, flagged|.3f",
+}
+
+MEASURED = "What is measured: the end of training, or the mean over the second half of its epochs (10 % wrong labels)"
+MEASURED_COLUMNS = {
+    "data": "data, network",
+    "signals": "signals",
+    "measured": "measured",
+    "jaccard_1": "top 1 %|.3f",
+    "jaccard_5": "top 5 %|.3f",
+    "jaccard_10": "top 10 %|.3f",
+    "spearman": "rank correlation|.3f",
+    "joint_10": "joint, top 10 %|.3f",
+    "auroc": "AUROC|.3f",
+    "average_precision": "average precision|.3f",
+    "flagged": "flagged, mean|.0f",
 }
 
 
@@ -118,6 +136,39 @@ def peers_of(
     return peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
+def measured(problem: Problem, *, runs: int) -> list[dict[str, Any]]:
+    """finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs."""
+    found: dict[tuple[str, str], list[Scores]] = defaultdict(list)
+    for run in range(runs):
+        for signals in ("batch", "full"):
+            with tempfile.TemporaryDirectory() as folder:
+                place = Path(folder) / "run"
+                recorded = record(problem, place, seed=run + 1, start=0, signals=signals)
+                found["the end", signals].append(harmful(recorded.influence(QUERY, alternative="harmful")))
+                again = fi.runs.replay(
+                    place,
+                    fi.ClassificationTask(),
+                    network(problem.network, seed=0),
+                    dataset=problem.dataset,
+                    queries={QUERY: tensors(problem.asked)},
+                    options=fi.ReplayOptions(measure_epochs="second-half"),
+                    show_progress="never",
+                )
+                found["second half", signals].append(harmful(again.influence(QUERY, alternative="harmful")))
+    rows = []
+    for (what, signals), scores in found.items():
+        precision = [detection(s.value, problem.planted) for s in scores]
+        rows.append(
+            {"data": problem.name, "measured": what, "signals": signals}
+            | row(scores, problem.planted)
+            | {
+                "auroc": float(np.mean([d.auroc for d in precision])),
+                "average_precision": float(np.mean([d.average_precision for d in precision])),
+            }
+        )
+    return rows
+
+
 def row(scores: list[Scores], planted: np.ndarray) -> dict[str, Any]:
     """The figures of one method over its runs."""
     value = np.array([s.value for s in scores])
@@ -150,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--peer-problems", nargs="*", default=["digits, MLP"], help="where peers run too, under shuffling"
     )
     options_parser.add_argument("--problems", nargs="*", default=None, help='for example "digits, MLP"')
+    options_parser.add_argument("--measured", action="store_true", help="the end against the mean of the second half")
     options_parser.add_argument("--noise", choices=NOISES, default="uniform", help="kind of the 10 %% of bad rows")
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -157,12 +209,17 @@ def main(arguments: list[str] | None = None) -> None:
     record_ = Record("consistency", options, seeds=f"batch orders 1 to {runs} (pools: 1 to 15); flips 0", merge=True)
     data = sources(options.data, samples=options.samples)
     failures: dict[str, str] = {}
+    means: list[dict[str, Any]] = []
     for name, pair in data.items():
         for model in ("mlp",) if options.quick else ("mlp", "cnn"):
             problem = with_noise(
                 clean_problem(name, pair, model=model, quick=options.quick), options.noise, 0.1, seed=0
             )
             if options.problems and problem.name not in options.problems:
+                continue
+            if options.measured:
+                means += measured(problem, runs=runs)
+                record_.table(MEASURED, MEASURED_COLUMNS, means)
                 continue
             averaged = name in ("digits", "mnist") and model == "mlp" and not options.quick
             rows: list[dict[str, Any]] = []

@@ -33,7 +33,7 @@ from finfluence.runs.oracle.problem import Job
 from finfluence.runs.oracle.single import train_one
 from finfluence.workflows import load_recipe
 from finfluence.workflows.configuration import parse_configuration
-from finfluence.workflows.finetuning import FineTuning, check_resumed, fine_tune, prepare
+from finfluence.workflows.finetuning import FineTuning, check_resumed, fine_tune, make_replay_options, prepare
 from finfluence.workflows.rehearsal import rehearse
 
 ROOT = Path(__file__).parents[2]
@@ -331,3 +331,16 @@ def test_the_llama_recipe_runs_at_small_size(tmp_path: Path) -> None:
     run = fine_tune(prepare(parse_configuration(found)), tmp_path / "run", show_progress="never")
     assert run.influence("opinion", groups="category")["mu"].is_finite().all()
     assert run.manifest["largest_residual"] < 2e-2
+
+
+@pytest.mark.parametrize(("asked", "measured"), [([1, 2], (1, 2)), ("second-half", (1, 2)), (None, (2,))], ids=str)
+def test_what_is_measured_is_part_of_the_configuration(
+    world: Path, tmp_path: Path, asked: Any, measured: tuple[int, ...]
+) -> None:
+    work = prepared(world, sensitivity__measure_epochs=asked)
+    assert make_replay_options(work.configuration.sensitivity).measured(2) == measured
+    run = fine_tune(work, tmp_path / "run", show_progress="never")
+    assert run.measured_epochs == measured
+    # the configuration that the run carries says so, too
+    again = prepare(parse_configuration(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())))
+    assert make_replay_options(again.configuration.sensitivity).measured(2) == measured

@@ -66,7 +66,8 @@ class Call:
 
         The n rows are the output's leading dimensions, flattened.
         """
-        if self.batch_size == 1 or self.layout in (0, "batch-major"):  # a sample's rows lie together
+        alone = self.batch_size == 1 and not isinstance(self.layout, Segments)
+        if alone or self.layout in (0, "batch-major"):  # a sample's rows lie together
             return products.view(len(products), self.batch_size, -1).sum(-1, dtype=self.accumulate).mT
         per_row = products.sum(-1, dtype=self.accumulate).mT
         return self.samples(per_row.unflatten(0, self.delta.shape[:-1]), keep=1)
