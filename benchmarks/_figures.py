@@ -60,9 +60,12 @@ def _dots(alt: Any, rows: list[dict[str, Any]], *, value: str, title: str, log: 
 
 
 def consistency(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
-    """Jaccard similarity of the top 10 % over reruns with other batch orders; one figure a problem."""
+    """Jaccard similarity of the top 10 % over reruns with other batch orders; one figure a problem, and one of all."""
     made = {}
     for table in tables:
+        if "measured" in table["columns"]:
+            made["consistency-measured"] = _measured(alt, table["rows"])
+            continue
         problem = table["title"].split(":")[0]
         rows = [
             {"method": f"{r['method']} · {r['use']}", "kind": kind(r["method"]), "value": v, "low": low, "high": high}
@@ -74,6 +77,22 @@ def consistency(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
         title = "Jaccard similarity of the top 10 % over reruns, 95 % interval"
         made[f"consistency-{stem}"] = _dots(alt, rows, value="value", title=title).properties(title=problem)
     return made
+
+
+def _measured(alt: Any, rows: list[dict[str, Any]]) -> Any:
+    """The end of training and the mean of its second half as two dots on a line, for each data set and network."""
+    points = [
+        {"problem": r["data"], "measured": r["measured"], "jaccard": r["jaccard_10"][0]}
+        for r in rows
+        if r["signals"] == "full"
+    ]
+    y = alt.Y("problem:N", title=None, sort=[p["problem"] for p in points])
+    x = alt.X("jaccard:Q", title="Jaccard similarity of the top 10 % over reruns", scale=alt.Scale(domain=[0, 1]))
+    scale = alt.Scale(domain=["the end", "second half"], range=[COLOURS["baseline"], COLOURS["finfluence"]])
+    base = alt.Chart(alt.Data(values=points))
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=alt.Color("measured:N", scale=scale))
+    lines = base.mark_line(color="#bbbbbb").encode(x=x, y=y, detail="problem:N")
+    return (lines + dots).properties(width=320, height={"step": 20}, title="What is measured (full signals, one run)")
 
 
 def agreement(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,6 +112,8 @@ def mislabel(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
     """Recall against the fraction inspected, one panel a kind of bad row."""
     panels = []
     for table in tables:
+        if "measured" in table["columns"]:
+            continue
         rows = [
             {"method": r["method"], "inspected": f, "recall": recall}
             for r in table["rows"]

@@ -104,6 +104,19 @@ def record(
     )
 
 
+def of_second_half(problem: Problem, run: fi.Run, *, start: int) -> fi.Run:
+    """The recorded run replayed again, for the mean of the query over the second half of the epochs."""
+    return fi.runs.replay(
+        run.directory,
+        fi.ClassificationTask(),
+        network(problem.network, seed=start),
+        dataset=problem.dataset,
+        queries={QUERY: tensors(problem.asked)},
+        options=fi.ReplayOptions(measure_epochs="second-half"),
+        show_progress="never",
+    )
+
+
 def harmful(frame: pl.DataFrame, *, fdr: float = 0.05) -> Scores:
     """−μ, and what a false-discovery rate flags; the frame's p-values must be one-sided for "harmful"."""
     mu = frame["mu"].to_numpy()

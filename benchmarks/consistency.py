@@ -25,11 +25,21 @@ import numpy as np
 import torch
 
 import finfluence as fi
-from benchmarks._data import NOISES, Problem, clean_problem, sources, tensors, with_noise
-from benchmarks._methods import QUERY, Scores, Training, baselines, harmful, own_scores, record, standing_out, train
+from benchmarks._data import NOISES, Problem, clean_problem, sources, with_noise
+from benchmarks._methods import (
+    QUERY,
+    Scores,
+    Training,
+    baselines,
+    harmful,
+    of_second_half,
+    own_scores,
+    record,
+    standing_out,
+    train,
+)
 from benchmarks._peers import PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
-from benchmarks.peers.common import network
 from finfluence.influence import detection
 from finfluence.influence.consistency import (
     joint_recall,
@@ -145,15 +155,7 @@ def measured(problem: Problem, *, runs: int) -> list[dict[str, Any]]:
                 place = Path(folder) / "run"
                 recorded = record(problem, place, seed=run + 1, start=0, signals=signals)
                 found["the end", signals].append(harmful(recorded.influence(QUERY, alternative="harmful")))
-                again = fi.runs.replay(
-                    place,
-                    fi.ClassificationTask(),
-                    network(problem.network, seed=0),
-                    dataset=problem.dataset,
-                    queries={QUERY: tensors(problem.asked)},
-                    options=fi.ReplayOptions(measure_epochs="second-half"),
-                    show_progress="never",
-                )
+                again = of_second_half(problem, recorded, start=0)
                 found["second half", signals].append(harmful(again.influence(QUERY, alternative="harmful")))
     rows = []
     for (what, signals), scores in found.items():

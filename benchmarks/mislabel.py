@@ -6,7 +6,9 @@
 Ranks all training rows by a score and looks where the planted ones are: AUROC, average precision, and recall after
 inspecting 10, 20 and 40 % of the rows; mean and standard deviation over seeds (of the planting and of the training).
 Two uses are kept apart: "self", what a sample's own training says about it (self-influence, its loss), and "query",
-influence on the mean validation loss, or on the planted behaviour where one was planted. The kinds of bad rows:
+influence on the mean validation loss, or on the planted behaviour where one was planted. With --measured, one table
+compares the end of training with the mean over the second half of its epochs, and nothing else is run. The kinds of
+bad rows:
 
 - uniform, class-conditional: wrong labels, 10, 20 and 40 %;
 - near-class: the most confusable rows take the label that they are easily confused with;
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks._data import Problem, clean_problem, sources, with_noise
-from benchmarks._methods import Scores, baselines, own_scores, recorded, train
+from benchmarks._methods import QUERY, Scores, baselines, harmful, of_second_half, own_scores, recorded, train
 from benchmarks._peers import NOT_COMPARED, missing, peer_scores
 from benchmarks._records import Record, parser
 from finfluence.influence import detection
@@ -108,6 +110,29 @@ def scores_of(
     return scores | peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
+def compare_measured(made: Record, clean: Problem, *, seeds: int, noises: list[str]) -> None:
+    """Adds finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs."""
+    rows = []
+    for kind, share in CASES:
+        if kind not in noises:
+            continue
+        found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+        for seed in range(1, seeds + 1):
+            problem = with_noise(clean, kind, share, seed=seed)
+            for signals in ("batch", "full"):
+                with recorded(problem, seed=seed, start=seed, signals=signals) as run:
+                    end = harmful(run.influence(QUERY, alternative="harmful"))
+                    again = of_second_half(problem, run, start=seed).influence(QUERY, alternative="harmful")
+                found["the end", signals].append(measured(end, problem.planted))
+                found["second half", signals].append(measured(harmful(again), problem.planted))
+        rows += [
+            {"bad": f"{kind} {share:.0%}", "measured": what} | summary("query", signals, results)
+            for (what, signals), results in found.items()
+        ]
+        columns = {"bad": "bad rows", "measured": "measured"} | COLUMNS | {"method": "signals"}
+        made.table(f"{clean.name}: the end, or the mean over the second half of the epochs", columns, rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders with IDX files")
@@ -116,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--samples", type=int, default=1000, help="training samples of an IDX data set")
     options_parser.add_argument("--seeds", type=int, default=3)
     options_parser.add_argument("--problems", nargs="*", default=["digits, MLP"], help='for example "digits, CNN"')
+    options_parser.add_argument("--measured", action="store_true", help="the end against the mean of the second half")
     options_parser.add_argument("--noises", nargs="*", default=sorted({kind for kind, _ in CASES}))
     options = options_parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -127,6 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
         for model in ("mlp", "cnn"):
             clean = clean_problem(name, pair, model=model, quick=options.quick)
             if clean.name not in options.problems:
+                continue
+            if options.measured:
+                compare_measured(made, clean, seeds=options.seeds, noises=options.noises)
                 continue
             for kind, share in CASES:
                 if kind not in options.noises:
@@ -141,6 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
                 rows = [summary(use, method, results) for (use, method), results in found.items()]
                 rows.sort(key=lambda r: (r["use"], -r["ap"]))
                 made.table(f"{clean.name}, {kind} {share:.0%}", COLUMNS, rows)
+    if options.measured:
+        return
     for peer, reason in (failures | NOT_COMPARED).items():
         made.note(f"{peer}: {reason}.")
     if options.peers and (absent := missing(options.peers)):

@@ -71,7 +71,7 @@ class Truth:
         self.subsets: dict[str, np.ndarray] = {name: np.asarray(s["ids"]) for name, s in manifest["subsets"].items()}
         self._arms = {name: str(s["arm"]) for name, s in manifest["subsets"].items()}
         self._trainings = trainings
-        self._values: dict[tuple[str, int], np.ndarray] = {}
+        self._values: dict[tuple[str, int | str], np.ndarray] = {}
 
     def __repr__(self) -> str:
         size = f"{len(self.subsets)} subsets, {len(self.queries)} queries"
