@@ -181,6 +181,8 @@ def test_a_mean_over_epochs(tmp_path, epochs, measured, optimizer):
     run = problems.train(tmp_path / "run", model=net(), optimizer=optimizer, replay_options=options)
     assert run.measured_epochs == measured
     assert fi.open_run(tmp_path / "run").measured_epochs == measured
+    said = fi.influence.metadata(run.influence("one"))
+    assert said.get("measured_epochs") == (None if len(measured) == 1 else list(measured))
     problems.check_against_brute_force(run, [(1, 2), (4, 2), (5, 0), (9, 1), (14, 0)], tolerance=1e-5, make=net)
 
 

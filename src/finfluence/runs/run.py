@@ -173,10 +173,14 @@ class Run:
         found = self._table(query, table, estimator, budget, shifts=shifts, path=path_noise)
         found = found.with_reporting(level=level, alternative=alternative, correction=correction)
         if subsets is not None:
-            return found.subsets(subsets)
-        if groups is not None:
-            return found.groups(self._group_labels(groups))
-        return found.samples()
+            frame = found.subsets(subsets)
+        elif groups is not None:
+            frame = found.groups(self._group_labels(groups))
+        else:
+            frame = found.samples()
+        if table == "signals" and len(self.measured_epochs) > 1:
+            return attach(frame, **metadata(frame), measured_epochs=list(self.measured_epochs))
+        return frame
 
     def clean(self, query: str, **options: Any) -> Cleaning:
         """Chooses rows to leave out and predicts what that does; `.write(path)` writes the data without them.
@@ -284,8 +288,10 @@ class Run:
     @property
     def measured_epochs(self) -> tuple[int, ...]:
         """Epochs after which the queries were measured; influence is on the mean (see `ReplayOptions`)."""
-        replayed = self.manifest.get("replay") or {}
-        return tuple(replayed.get("measured_epochs") or [int(self.manifest["epochs"])])
+        asked = (self.manifest.get("replay") or {}).get("measured_epochs")
+        return tuple(
+            asked or [int(self.manifest.get("epochs", 1))]
+        )
 
     def _watched_sizes(self) -> dict[str, int]:
         return {name: len(members) for name, members in self.manifest.get("watch", {}).items()}

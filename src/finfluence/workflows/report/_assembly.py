@@ -92,6 +92,8 @@ def _estimate_note(run: Run, meta: dict[str, Any]) -> str:
         "replay": "Estimated by replay (the derivative of the whole recorded run)",
         "live": "Estimated from live signals: their order is meaningful, their scale is not calibrated",
     }.get(kind, f"Estimated by {kind}")
+    if "measured_epochs" in meta:
+        text += f", asked about the mean of the measurements after {len(meta['measured_epochs'])} epochs"
     if "sigma" in meta:
         text += f"; one unit of μ is {float(meta['sigma']):.3g} of the measurement"
     return f"{text}; {meta['condition']}." if "condition" in meta else f"{text}."
