@@ -289,9 +289,7 @@ class Run:
     def measured_epochs(self) -> tuple[int, ...]:
         """Epochs after which the queries were measured; influence is on the mean (see `ReplayOptions`)."""
         asked = (self.manifest.get("replay") or {}).get("measured_epochs")
-        return tuple(
-            asked or [int(self.manifest.get("epochs", 1))]
-        )
+        return tuple(asked or [int(self.manifest.get("epochs", 1))])
 
     def _watched_sizes(self) -> dict[str, int]:
         return {name: len(members) for name, members in self.manifest.get("watch", {}).items()}
