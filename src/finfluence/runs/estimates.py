@@ -32,8 +32,8 @@ _POSITIONS = "regular"
 
 # What another path adds to the error of a replayed shift, as a multiple of placement noise: constants set by hand, see
 # "Coverage" in the benchmarks' section on calibration for what they cover and where. Adam's second moments differ from
-# path to path, so its sensitivities differ more. Where a mean over epochs is measured its noise, the unit of all this, is
-# smaller than the end's, and the path's share of the error larger.
+# path to path, so its sensitivities differ more. Where a mean over epochs is measured, its noise, the unit of all this,
+# is smaller than the end's, and the path's share of the error larger.
 PATH_NOISE = 1.0
 ADAM_PATH_NOISE = 2.0
 MEAN_PATH_NOISE = 1.0
