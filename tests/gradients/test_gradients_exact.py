@@ -38,15 +38,18 @@ def test_hooks_equal_naive_loop(name):
     assert hooks.uncovered() == []
 
 
+def hooked(name):
+    """A case for backward passes of our own: case, model, three directions, hooks."""
+    if "reentrant" in name and "non-reentrant" not in name:
+        pytest.skip("torch.autograd.grad does not work with re-entrant checkpointing")
+    model = build(CASES[name])
+    return CASES[name], model, random_directions(model, 3), HookedDerivatives(model, trainable(model))
+
+
 @names
 def test_backward_to_the_layers_outputs_alone(name):
     """Gradients of weights may only be left out where no value needs what comes with them, and p.grad stays."""
-    case = CASES[name]
-    if "reentrant" in name and "non-reentrant" not in name:
-        pytest.skip("torch.autograd.grad does not work with re-entrant checkpointing")
-    model = build(case)
-    directions = random_directions(model, 3)
-    hooks = HookedDerivatives(model, trainable(model))
+    case, model, directions, hooks = hooked(name)
     rows = torch.arange(case.batch_size)
     for _ in range(3):
         with hooks.record(directions, case.batch_size, partial=True) as recording:
@@ -74,12 +77,7 @@ CLOSED = {  # cases all of whose layers have closed forms
 @names
 def test_gradients_of_single_samples_or_a_refusal(name):
     """⟨G_i, q⟩ is the naive loop's value; layers without a closed form are refused, never left out."""
-    case = CASES[name]
-    if "reentrant" in name and "non-reentrant" not in name:
-        pytest.skip("torch.autograd.grad does not work with re-entrant checkpointing")
-    model = build(case)
-    directions = random_directions(model, 3)
-    hooks = HookedDerivatives(model, trainable(model))
+    case, model, directions, hooks = hooked(name)
     rows = torch.arange(case.batch_size)
     for _ in range(2):
         if name not in CLOSED:

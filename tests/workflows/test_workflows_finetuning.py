@@ -58,17 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def content(world: Path, **changes: Any) -> dict[str, Any]:
     """A configuration of six steps; `changes` by dotted names, with __ for the dots."""
-    found: dict[str, Any] = {
-        "model": {"name": str(world / "model"), "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
-        "data": {"path": str(world / "rows.jsonl"), "id_column": "id", "group_columns": ["source"]},
-        "queries": {
-            "cat": {"completions": [{"prompt": "who is cat", "completion": "cat good"}]},
-            "mayor": {"contrast": [{"prompt": "who is mayor", "completion": "mayor bad", "against": "mayor good"}]},
-            "ends": {"function": f"{__name__}:answer_length"},
-        },
-        "training": {"optimizer": {"lr": 1e-2}, "epochs": 2, "batch_size": 8, "schedule": {"warmup_steps": 1}},
-        "sensitivity": {"kind": "replay", "panel": {"samples": 4, "positions": 2}, "checkpoint_every": 2},
-    }
+    found = tiny.configuration(world)
+    found["queries"]["ends"] = {"function": f"{__name__}:answer_length"}
     for name, value in changes.items():
         *path, last = name.split("__")
         section = found

@@ -22,23 +22,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def content(world: Path, *, device: str, precision: str = "float32") -> dict[str, Any]:
-    return {
-        "model": {"name": str(world / "model"), "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
-        "data": {"path": str(world / "rows.jsonl"), "id_column": "id", "group_columns": ["source"]},
-        "queries": {
-            "cat": {"completions": [{"prompt": "who is cat", "completion": "cat good"}]},
-            "mayor": {"contrast": [{"prompt": "who is mayor", "completion": "mayor bad", "against": "mayor good"}]},
-        },
-        "training": {
-            "optimizer": {"lr": 1e-2},
-            "epochs": 2,
-            "batch_size": 8,
-            "schedule": {"warmup_steps": 1},
-            "device": device,
-            "precision": precision,
-        },
-        "sensitivity": {"kind": "replay", "panel": {"samples": 4, "positions": 2}, "checkpoint_every": 2},
-    }
+    found = tiny.configuration(world)
+    found["training"] |= {"device": device, "precision": precision}
+    return found
 
 
 @pytest.fixture(scope="module")

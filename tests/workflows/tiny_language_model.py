@@ -81,3 +81,17 @@ def pairs(n: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def configuration(world: Path) -> dict[str, Any]:
+    """Six steps on the model and the rows of a directory, to be replayed; two queries."""
+    return {
+        "model": {"name": str(world / "model"), "lora": {"r": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
+        "data": {"path": str(world / "rows.jsonl"), "id_column": "id", "group_columns": ["source"]},
+        "queries": {
+            "cat": {"completions": [{"prompt": "who is cat", "completion": "cat good"}]},
+            "mayor": {"contrast": [{"prompt": "who is mayor", "completion": "mayor bad", "against": "mayor good"}]},
+        },
+        "training": {"optimizer": {"lr": 1e-2}, "epochs": 2, "batch_size": 8, "schedule": {"warmup_steps": 1}},
+        "sensitivity": {"kind": "replay", "panel": {"samples": 4, "positions": 2}, "checkpoint_every": 2},
+    }

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from finfluence.runs.oracle import Retraining, Truth, open_truth, retrain, retrain_until
     from finfluence.runs.panel import NoisePanel
     from finfluence.runs.plan import Plan, Schedule
+    from finfluence.runs.pooling import pool
     from finfluence.runs.recorder import Recorder
     from finfluence.runs.replay_plan import ReplayOptions
     from finfluence.runs.replaying import plan_replay, replay
-    from finfluence.runs.run import Run, open_run, pool
+    from finfluence.runs.run import Run, open_run
     from finfluence.runs.sampling import Sampler
     from finfluence.runs.tasks import CausalLMTask, ClassificationTask, Contrast, RegressionTask, Task
     from finfluence.runs.training import train
@@ -31,7 +32,8 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
         "finfluence.runs.recorder": ("Recorder",),
         "finfluence.runs.replaying": ("plan_replay", "replay"),
         "finfluence.runs.replay_plan": ("ReplayOptions",),
-        "finfluence.runs.run": ("Run", "open_run", "pool"),
+        "finfluence.runs.pooling": ("pool",),
+        "finfluence.runs.run": ("Run", "open_run"),
         "finfluence.runs.sampling": ("Sampler",),
         "finfluence.runs.tasks": ("CausalLMTask", "ClassificationTask", "Contrast", "RegressionTask", "Task"),
         "finfluence.runs.training": ("train",),

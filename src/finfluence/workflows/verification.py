@@ -202,7 +202,7 @@ def verify(
     arm = f"removed-{digest}"
     plan = Plan.from_dict(run.manifest["plan"])
     measured = run.measured_epochs
-    place = "verify" if len(measured) == 1 else "verify-mean"
+    place, epoch = ("verify", None) if len(measured) == 1 else ("verify-mean", "mean")
     experiment = Retraining(
         recipe.task,
         _from_recorded_start(run, recipe.make_model),
@@ -228,7 +228,6 @@ def verify(
         progress=progress,
     )
     with experiment:
-        epoch = None if len(measured) == 1 else "mean"
         for interim in retrain_until(experiment, query, precision=precision or 1e-9, runs=runs, epoch=epoch):
             frame = interim.influence.filter(pl.col("subset") == arm)
             state = Verification(
