@@ -66,6 +66,33 @@ def test_the_cleaned_file_and_what_it_is_predicted_to_do(
     assert "exists and is not overwritten" in err
 
 
+def test_several_runs_are_cut_and_scored_as_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = digits(samples=200, epochs=4, seed=3)
+    source = fi.open_run(run).manifest["source"]
+    other = recipe.train(tmp_path / "other", sensitivity="replay", seed=8, source=source, show_progress="never")
+    pair = (str(run), other.directory)
+    pooled = fi.pool([fi.open_run(place) for place in pair], "validation").sort("mu")
+    output = tmp_path / "cleaned.jsonl"
+    code, out, err = call(capsys, "clean", *pair, "--top", "6", "-o", str(output))
+    assert code == 0, err
+    dropped = [json.loads(line) for line in (tmp_path / "cleaned.dropped.jsonl").read_text().splitlines()]
+    assert [row["finfluence_sample"] for row in dropped] == pooled["sample"][:6].to_list()
+    assert "predicted influence of the cut as a whole: μ = -" in out
+    code, out, err = call(capsys, "score", *pair, "--format", "csv")
+    assert code == 0, err
+    np.testing.assert_allclose(pl.read_csv(out.encode()).sort("mu")["mu"], pooled["mu"], rtol=1e-9)
+    code, out, _ = call(capsys, "score", *pair, "--top", "1")
+    assert (code, "2 runs averaged" in out) == (0, True)
+    for words, message in (
+        (("score", *pair, "--estimator", "max"), "averaged with the gaussian estimator"),
+        (("score", *pair, "--query", "nope"), "unknown query 'nope'"),
+        (("clean", str(run), str(run), "-o", str(tmp_path / "x.jsonl")), "given twice"),
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 2
+        assert message in err
+
+
 def test_nothing_significant_is_no_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "clean", str(run), "--fdr", "1e-300", "-o", str(tmp_path / "cleaned.jsonl"))
     assert code == 0

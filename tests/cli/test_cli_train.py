@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import finfluence as fi
+
 sys.path.append(str(Path(__file__).parents[1] / "workflows"))
 tiny = importlib.import_module("tiny_language_model")
 
@@ -67,6 +69,28 @@ def test_a_run_from_plan_to_repetition(
     assert "forum" in capsys.readouterr().out
 
 
+def test_a_run_for_every_seed(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("train", "config.yaml", "--output", "many", "--seeds", "3,5")
+    assert call(world, monkeypatch, *words, "--dry-run") == 0
+    assert "one of 2 alike" in capsys.readouterr().out
+    assert call(world, monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    assert "finfluence score many/seed-3 many/seed-5 --query cat" in out
+    assert "finfluence compare-runs many/seed-3 many/seed-5" in out
+    runs = fi.open_runs([world / "many/seed-3", world / "many/seed-5"])
+    assert isinstance(runs, fi.PooledRuns)
+    assert [run.manifest["seed"] for run in runs.runs] == [3, 5]
+    mus = [run.influence("cat")["mu"] for run in runs.runs]
+    assert mus[0].to_list() != mus[1].to_list()
+    assert call(world, monkeypatch, "train", "config.yaml", "--output", "many", "--seeds", "1,3") == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert not (world / "many/seed-1").exists()  # all of them or none
+    assert call(world, monkeypatch, *words[:-1], "3,5,6", "--resume") == 0
+    out = capsys.readouterr().out
+    assert out.count("is finished; there is nothing to resume") == 2
+    assert fi.open_run(world / "many/seed-6").store.status == "finished"
+
+
 def test_the_doctor_tells_safe_from_unsafe(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +111,8 @@ def test_the_doctor_tells_safe_from_unsafe(
         (["train", "absent.yaml"], "cannot read the configuration absent.yaml"),
         (["train", "model"], "model is a directory without a run"),
         (["doctor", "model"], "model is a directory without a run"),
+        (["train", "config.yaml", "--seeds", "1,1"], "--seeds takes different whole numbers"),
+        (["train", "config.yaml", "--seeds", "a"], "--seeds takes different whole numbers"),
         (["doctor", "config.yaml", "--format", "xml"], "unknown format 'xml'"),
     ],
 )

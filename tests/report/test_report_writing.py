@@ -257,6 +257,17 @@ def test_only_html_files_are_written(small: fi.Run, tmp_path: Path, name: str) -
     assert not (tmp_path / name).exists()
 
 
+def test_the_first_sentence_says_what_was_measured(tmp_path: Path) -> None:
+    recipe = images()
+    options = fi.ReplayOptions(measure_epochs=(1, 2))
+    for name, chosen, said in (
+        ("end", None, "as measured on the trained model;"),
+        ("mean", options, "as measured on average over the models after 2 epochs;"),
+    ):
+        run = recipe.train(tmp_path / name, sensitivity="replay", replay_options=chosen, show_progress="never")
+        assert said in write_report(run, tmp_path / f"{name}.html").read_text(encoding="utf-8")
+
+
 def test_a_directory_and_an_unknown_query_are_refused(small: fi.Run, tmp_path: Path) -> None:
     (tmp_path / "taken.html").mkdir()
     with pytest.raises(InputError, match="directory"):

@@ -131,7 +131,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         ReplayOptions(hessian="exact", smoothing=0.02)
 
 
-def _diverging(tmp_path, asked, *, divergence=30.0, caution=math.inf):
+def _diverging(tmp_path, asked, *, divergence=30.0, caution=math.inf, **options):
     """A linear model y = w·x with an unstable learning rate along the first input and a stable one along the second.
 
     Step factors are (1 − 2·lr·mean of x_k²): about −1.4 along the first, 0.98 along the second.
@@ -154,7 +154,7 @@ def _diverging(tmp_path, asked, *, divergence=30.0, caution=math.inf):
         sensitivity="replay",
         checkpoint_every=4,
         panel=fi.runs.NoisePanel(4, 2),
-        replay_options=ReplayOptions(divergence=divergence, caution=caution),
+        replay_options=ReplayOptions(divergence=divergence, caution=caution, **options),
     )
 
 
@@ -179,6 +179,16 @@ def test_a_diverging_query_has_no_scores_and_the_others_have(tmp_path):
     norms = run.adjoints().filter(pl.col("query") == "unstable").sort("step")["norm"]
     assert norms[0] == 0.0  # given up
     assert norms[-1] > 0.0
+
+
+def test_a_query_that_was_given_up_does_not_come_back_with_an_earlier_measurement(tmp_path):
+    asked = {"stable": _query(0.0, 1.0), "unstable": _query(1.0, 0.0)}
+    with pytest.warns(FinfluenceWarning, match="'unstable' has no scores"):
+        run = _diverging(tmp_path / "run", asked, measure_epochs=(2, 16))
+    norms = run.adjoints().filter(pl.col("query") == "unstable").sort("step", descending=True)["norm"]
+    given_up = int((norms == 0.0).arg_max() or 0)
+    assert 0 < given_up < len(norms) - 4  # before epoch 2 is reached, two steps an epoch
+    assert (norms[given_up:] == 0.0).all()
 
 
 def test_if_every_query_diverges_nothing_is_left(tmp_path):

@@ -13,7 +13,9 @@ from finfluence.errors import InputError
 
 
 def clean(
-    run: Annotated[str, typer.Argument(help="Run directory or fsspec URL.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directory or fsspec URL; several are averaged.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="New file for the kept rows: .jsonl, .csv or .parquet, as the input.")
     ],
@@ -47,9 +49,11 @@ def clean(
 ) -> None:
     """Write the training file without harmful rows, the dropped rows beside it, and what the cut is predicted to do.
 
+    Several runs of one training under other seeds are averaged: what goes is what they agree on.
+
     Example: finfluence clean runs/demo --query validation --effect harmful --fdr 0.05 -o cleaned.jsonl
     """
-    from finfluence.runs.run import open_run
+    from finfluence.runs.pooling import open_runs
     from finfluence.tradeoff import SIGN_CONVENTION
     from finfluence.workflows._cut_files import check_target, source_of
     from finfluence.workflows.cleaning import clean as choose
@@ -57,7 +61,7 @@ def clean(
     if (budget_type_1 is None) != (budget_type_2 is None):
         raise InputError("an error budget has two sides: give --budget-type-1 and --budget-type-2")
     budget = None if budget_type_1 is None or budget_type_2 is None else (budget_type_1, budget_type_2)
-    opened = open_run(run)
+    opened = open_runs(runs)
     name = choose_query(opened, query)
     file = None if data is None else str(data)
     source = source_of(opened, data=file, id_column=id_column)

@@ -11,11 +11,12 @@ import typer
 
 from finfluence.cli._output import Format, print_table, write_frame
 from finfluence.errors import InputError
-from finfluence.runs.run import Run, RunEstimator, open_run
+from finfluence.runs.pooling import PooledRuns, Recorded, open_runs
+from finfluence.runs.run import RunEstimator
 from finfluence.tradeoff import SIGN_CONVENTION
 
 
-def read_ids(path: Path, run: Run) -> list[Any]:
+def read_ids(path: Path, run: Recorded) -> list[Any]:
     """Sample ids from a file: one a line, or the column "sample" of a CSV, JSON-lines or Parquet file.
 
     Raises:
@@ -34,7 +35,7 @@ def read_ids(path: Path, run: Run) -> list[Any]:
         raise InputError(f"cannot read the subset file {path}: {error}") from error
     if not ids:
         raise InputError(f"the subset file {path} holds no ids; write one sample id a line")
-    if run.store.id_dtype == "str":
+    if run.samples()["sample"].dtype == pl.String:
         return [str(i) for i in ids]
     try:
         return [int(i) for i in ids]
@@ -43,17 +44,21 @@ def read_ids(path: Path, run: Run) -> list[Any]:
         raise InputError(f"{path} holds the id {wrong!r}, but the run's ids are integers") from None
 
 
-def choose_query(run: Run, query: str | None) -> str:
+def choose_query(run: Recorded, query: str | None) -> str:
     """The query that was asked for, or the run's only one."""
     if query is not None:
-        return run.store.check_query(query)
+        for one in run.runs if isinstance(run, PooledRuns) else (run,):
+            one.store.check_query(query)
+        return query
     if len(run.queries) == 1:
         return run.queries[0]
     raise InputError(f"the run has several queries; choose one with --query: {', '.join(run.queries)}")
 
 
 def score(
-    run: Annotated[str, typer.Argument(help="Run directory or fsspec URL.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run directory or fsspec URL; several are averaged.")
+    ],
     query: Annotated[str | None, typer.Option(help="Query to score; may be left out where there is one.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of the sample table to group by.")] = None,
     subset: Annotated[
@@ -73,25 +78,28 @@ def score(
 ) -> None:
     """Influence of every sample, of groups, or of one subset, in units of training noise.
 
+    Several runs of one training under other seeds are averaged, and the standard error holds what they differ by.
+
     Example: finfluence score runs/demo --query validation --group label
     """
     if format not in ("table", "csv", "json", "parquet"):
         raise InputError(f"unknown format {format!r}; choose table, csv, json or parquet")
     if effect not in ("harmful", "supporting"):
         raise InputError(f"unknown effect {effect!r}; choose harmful or supporting")
-    opened = open_run(run)
+    opened = open_runs(runs)
     name = choose_query(opened, query)
     if subset is not None and group is not None:
         raise InputError("give --subset or --group, not both")
     subsets = None if subset is None else {subset.stem: read_ids(subset, opened)}
-    frame = opened.influence(
-        name,
-        subsets=subsets,
-        groups=group,
-        estimator=cast(RunEstimator, estimator),
-        sensitivity=cast(Any, sensitivity),
-        relative=relative,
-    )
+    options: dict[str, Any] = {"subsets": subsets, "groups": group, "relative": relative}
+    if isinstance(opened, PooledRuns):
+        if estimator != "gaussian" or sensitivity != "run":
+            raise InputError("several runs are averaged with the gaussian estimator, each by its own signals")
+        frame = opened.influence(name, **options)
+    else:
+        frame = opened.influence(
+            name, estimator=cast(RunEstimator, estimator), sensitivity=cast(Any, sensitivity), **options
+        )
     if format != "table":
         write_frame(frame, cast(Format, format))
         return
@@ -106,6 +114,7 @@ def score(
     ordered = frame.sort(order, descending=effect == "supporting", nulls_last=True)
     print(SIGN_CONVENTION)
     of = ", relative to the gradient's length" if relative else ""
+    of += f", {len(runs)} runs averaged" if len(runs) > 1 else ""
     print_table(ordered.head(top), title=f"Influence on {name!r}{of}, most {effect} first")
     if frame.height > top:
         print(

@@ -47,6 +47,10 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything, time two steps, print the plan; train nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted or killed.")] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds, e.g. 1,2,3: one run each in OUTPUT/seed-1, ..., for score and clean to average."),
+    ] = None,
 ) -> None:
     """Fine-tune a language model and record which examples move it.
 
@@ -55,34 +59,67 @@ def train(
     from finfluence.integrations.models import quiet_loading, require_transformers
 
     require_transformers()
-    from finfluence.runs import open_run
-    from finfluence.signals import open_folder
     from finfluence.tradeoff import SIGN_CONVENTION
-    from finfluence.workflows.finetuning import CONFIGURATION_FILE, check_free, check_resumed, fine_tune, prepare
+    from finfluence.workflows.finetuning import CONFIGURATION_FILE, check_free, prepare
 
-    began = time.perf_counter()
     configuration, own = find_configuration(config)
     if own is not None and not (resume or dry_run or output):
         raise InputError(f"{own} already holds a run; add --resume to go on with it, or --output DIR to repeat it")
     name = config.stem if config.stem != "config" else "train"
     directory = output or (str(own) if own is not None else configuration.output) or f"runs/{name}"
+    chosen = {directory: configuration}
+    if seeds is not None:
+        if own is not None and output is None:
+            raise InputError("runs of several seeds need a directory beside this run's; add --output DIR")
+        chosen = {
+            f"{directory}/seed-{seed}": configuration.model_copy(
+                update={"training": configuration.training.model_copy(update={"seed": seed})}
+            )
+            for seed in _seeds(seeds)
+        }
     quiet_loading()
-    work = prepare(configuration)
-    print(work.describe(), file=sys.stderr)
     if dry_run:
         from finfluence.workflows.rehearsal import rehearse
 
-        print(f"Plan of a run in {directory} (sensitivity {configuration.sensitivity.kind}):")
+        work = prepare(next(iter(chosen.values())))
+        print(work.describe(), file=sys.stderr)
+        each = f", one of {len(chosen)} alike" if len(chosen) > 1 else ""
+        print(f"Plan of a run in {next(iter(chosen))} (sensitivity {configuration.sensitivity.kind}{each}):")
         print(rehearse(work))
         return
+    if not resume:
+        for place in chosen:
+            check_free(place)
+    for place, section in chosen.items():
+        _train_one(section, place, resume=resume)
+    places = " ".join(chosen)
+    print(
+        f"{SIGN_CONVENTION}\nThe {'run is' if len(chosen) == 1 else 'runs are'} in {places}; next:\n"
+        f"  finfluence score {places} --query {next(iter(configuration.queries))}"
+    )
+    if len(chosen) > 1:
+        print(f"  finfluence compare-runs {places}")
+    print(
+        f"  finfluence doctor {next(iter(chosen))}\n"
+        f"  finfluence train {next(iter(chosen))}/{CONFIGURATION_FILE} --output DIRECTORY    repeat it"
+    )
+
+
+def _train_one(configuration: Configuration, directory: str, *, resume: bool) -> None:
+    """Trains and records, and says how it went."""
+    from finfluence.runs import open_run
+    from finfluence.signals import open_folder
+    from finfluence.workflows.finetuning import check_resumed, fine_tune, prepare
+
+    began = time.perf_counter()
+    work = prepare(configuration)
+    print(work.describe(), file=sys.stderr)
     if resume:
         check_resumed(work, directory)
         folder = open_folder(directory)
         if "run.json" in folder.names() and json.loads(folder.read("run.json")).get("status") == "finished":
             print(f"{directory} is finished; there is nothing to resume.")
             return
-    else:
-        check_free(directory)
     print(f"Loading the model and recording in {directory} ...", file=sys.stderr)
     run = fine_tune(work, directory, exist="resume" if resume else "error")
     run = open_run(directory) if run.store.status != "finished" else run
@@ -93,10 +130,10 @@ def train(
         f"{losses.tail(max(1, len(losses) // 10)).mean():.3f} over the last tenth"
         + ("" if residual is None else f"; largest residual of the signal identity {residual:.1e}")
     )
-    query = run.queries[0]
-    print(
-        f"{SIGN_CONVENTION}\nThe run is in {directory}; next:\n"
-        f"  finfluence score {directory} --query {query}\n"
-        f"  finfluence doctor {directory}\n"
-        f"  finfluence train {directory}/{CONFIGURATION_FILE} --output DIRECTORY    repeat it"
-    )
+
+
+def _seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdigit() for word in words) or len(set(words)) < len(words):
+        raise InputError(f"--seeds takes different whole numbers, separated by commas, for example 1,2,3; got {text!r}")
+    return [int(word) for word in words]

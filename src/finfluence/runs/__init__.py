@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from finfluence.runs.oracle import Retraining, Truth, open_truth, retrain, retrain_until
     from finfluence.runs.panel import NoisePanel
     from finfluence.runs.plan import Plan, Schedule
-    from finfluence.runs.pooling import pool
+    from finfluence.runs.pooling import PooledRuns, open_runs, pool
     from finfluence.runs.recorder import Recorder
     from finfluence.runs.replay_plan import ReplayOptions
     from finfluence.runs.replaying import plan_replay, replay
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
         "finfluence.runs.recorder": ("Recorder",),
         "finfluence.runs.replaying": ("plan_replay", "replay"),
         "finfluence.runs.replay_plan": ("ReplayOptions",),
-        "finfluence.runs.pooling": ("pool",),
+        "finfluence.runs.pooling": ("PooledRuns", "open_runs", "pool"),
         "finfluence.runs.run": ("Run", "open_run"),
         "finfluence.runs.sampling": ("Sampler",),
         "finfluence.runs.tasks": ("CausalLMTask", "ClassificationTask", "Contrast", "RegressionTask", "Task"),

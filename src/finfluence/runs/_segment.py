@@ -188,6 +188,7 @@ class SegmentWalker:
             if (weight := self._measured.get(batch.step)) is not None:
                 self._set_parameters(theta)
                 joining = self._gradients()
+                joining[[name in self.diverged for name in self.monitor.queries]] = 0.0
                 self.monitor.joined(joining)
                 adjoint += weight * joining
             norms, bad = self.monitor.watch(batch.step, adjoint)

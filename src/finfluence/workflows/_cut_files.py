@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finfluence.errors import FinfluenceWarning, InputError
-from finfluence.runs.run import Run
+from finfluence.runs.pooling import Recorded
 from finfluence.runs.sources import CONTENT, Source, SourceRows, first_repeat, read_source, source_format
 
 FIGURES = ("sample", "group", "mu", "ci_low", "ci_high", "q_value", "reason")
@@ -48,7 +48,7 @@ def check_target(path: Path, *, source: str | None) -> None:
         )
 
 
-def source_of(run: Run, *, data: str | None, id_column: str | None) -> Source | None:
+def source_of(run: Recorded, *, data: str | None, id_column: str | None) -> Source | None:
     """The file to cut: the one given, or the one that the run names; None where there is neither."""
     entry = run.manifest.get("source")
     own = None if not entry else Source.from_dict(entry)
@@ -58,7 +58,7 @@ def source_of(run: Run, *, data: str | None, id_column: str | None) -> Source | 
 
 
 def write_cut(
-    run: Run, path: Path, *, dropped: pl.DataFrame, kept: pl.Series, data: str | None, id_column: str | None
+    run: Recorded, path: Path, *, dropped: pl.DataFrame, kept: pl.Series, data: str | None, id_column: str | None
 ) -> tuple[Path, Path]:
     """Writes the kept rows to `path` and the dropped ones to its sibling, see `Cleaning.write`."""
     source = source_of(run, data=data, id_column=id_column)
@@ -86,7 +86,7 @@ def write_cut(
     return path, sibling
 
 
-def matching_rows(run: Run, rows: SourceRows, source: Source) -> dict[str, int]:
+def matching_rows(run: Recorded, rows: SourceRows, source: Source) -> dict[str, int]:
     """Row of the file for every sample of the run, checked to be what the run was trained on.
 
     Raises:

@@ -12,7 +12,7 @@ import polars as pl
 
 from finfluence.errors import InputError
 from finfluence.influence import Correction, attach, metadata
-from finfluence.runs.run import Run
+from finfluence.runs.pooling import Recorded
 from finfluence.tradeoff import GaussianInfluence, error_budget
 from finfluence.workflows._cut_files import CONTENT, write_cut
 from finfluence.workflows.removal import LARGE_CUT, SCALE_ERROR, Effect, Selection, caveats, chance_text, large_cut_note
@@ -20,7 +20,7 @@ from finfluence.workflows.shrinkage import shrink
 
 _CORRECTIONS = {"bh": "Benjamini–Hochberg", "by": "Benjamini–Yekutieli"}
 _NOTHING = (
-    "One run often cannot tell single rows apart: pool several runs (finfluence.pool), test whole groups "
+    "One run often cannot tell single rows apart: pool several runs (give clean more than one), test whole groups "
     '(--group COLUMN), or record full signals (train(..., signals="full")).'
 )
 
@@ -69,6 +69,8 @@ class Rule:
                 f"errors {self.budget[0]:g} and {self.budget[1]:g} add up to 1 or more, which tossing a coin achieves; "
                 "give smaller ones, for example 0.05 and 0.5"
             )
+        if self.budget is not None and not 0.5 < self.level < 1.0:
+            raise InputError(f"the bound of an error budget needs a level in (0.5, 1), got {self.level:g}")
         if self.correction not in _CORRECTIONS:
             raise InputError(f"unknown correction {self.correction!r}; choose bh or by")
 
@@ -97,23 +99,24 @@ class Rule:
             )
         return f"at a false-discovery rate of {100 * (self.fdr or 0):.3g} % ({_CORRECTIONS[self.correction]})"
 
-    def chosen(self, frame: pl.DataFrame, *, sign: int, recommended: int | None = None) -> np.ndarray:
+    def chosen(
+        self, frame: pl.DataFrame, *, sign: int, bound: np.ndarray | None = None, recommended: int | None = None
+    ) -> np.ndarray:
         """Positions of the rows of an influence frame that the rule drops, the strongest first.
 
         Args:
             frame: with one-sided p-values in the asked direction.
             sign: -1 for harmful, +1 for supporting.
+            bound: one-sided lower confidence bound of each row's strength, where the rule is a budget.
             recommended: size of the recommended cut, where that is the rule.
         """
-        from scipy.special import ndtri
-
         strength = sign * frame["relative" if self.relative else "mu"].to_numpy()
         known = np.flatnonzero(np.isfinite(strength))
         order = known[np.argsort(-strength[known], kind="stable")]
         if self.top is not None:
             return order[: recommended if self.top == "recommended" else self.top]
         if self.budget is not None:
-            bound = strength - ndtri(self.level) * frame["se"].to_numpy()
+            assert bound is not None
             return order[bound[order] >= error_budget(*self.budget)]
         q = frame["q_value"].to_numpy()
         # a one-sided q-value is small on one side only, but a q-value of 1 with a rate near 1 says nothing of the side
@@ -134,7 +137,7 @@ class Cleaning:
     """What to leave out, and what that is predicted to do.
 
     Attributes:
-        run: the recorded run.
+        run: the recorded run, or several as one.
         query: name of the query.
         effect: "harmful" or "supporting".
         rule: what was dropped by.
@@ -149,7 +152,7 @@ class Cleaning:
         notes: what else to know, one sentence each.
     """
 
-    run: Run
+    run: Recorded
     query: str
     effect: Effect
     rule: Rule
@@ -215,7 +218,7 @@ class Cleaning:
 
 
 def clean(
-    run: Run,
+    run: Recorded,
     query: str,
     *,
     effect: Effect = "harmful",
@@ -232,7 +235,7 @@ def clean(
     """Chooses the rows to leave out, and predicts what leaving them out together does.
 
     Args:
-        run: a recorded run.
+        run: a recorded run, or several as one (`PooledRuns`).
         query: one of its queries.
         effect: drop "harmful" rows (removing them lowers the measurement) or "supporting" ones.
         fdr: see `Rule`; 0.05 where no rule is given.
@@ -260,7 +263,8 @@ def clean(
     if group is None:
         frame = selection.frame
         wanted = selection.recommended if rule.top == "recommended" else None
-        positions = rule.chosen(frame, sign=selection.sign, recommended=wanted)
+        bound = _one_sided_bound(run, query, rule, sign=selection.sign)
+        positions = rule.chosen(frame, sign=selection.sign, bound=bound, recommended=wanted)
         found = _figures(frame[positions], rule).join(about, on="sample", how="left", maintain_order="left")
         predicted = selection.influence_of(positions) if 0 < len(positions) < samples.height else None
         if rule.fdr is not None and len(positions) > max(1.5 * selection.recommended, samples.height * LARGE_CUT):
@@ -270,7 +274,8 @@ def clean(
             )
     else:
         frame = run.influence(query, groups=group, alternative=effect, correction=correction, level=level)
-        chosen = rule.chosen(frame, sign=selection.sign)
+        bound = _one_sided_bound(run, query, rule, sign=selection.sign, groups=group)
+        chosen = rule.chosen(frame, sign=selection.sign, bound=bound)
         members = samples.select("sample", pl.col(group).alias("group")).with_row_index("position").drop_nulls("group")
         found = _figures(frame[chosen], rule).join(members, on="group", how="inner", maintain_order="left")
         positions = found["position"].to_numpy()
@@ -313,6 +318,17 @@ def in_words(influence: GaussianInfluence, *, size: int, query: str) -> str:
     return f"Retraining without {rows} {verb} the measured loss of {query!r} with probability {chance}{band}."
 
 
+def _one_sided_bound(
+    run: Recorded, query: str, rule: Rule, *, sign: int, groups: str | None = None
+) -> np.ndarray | None:
+    """Lower bound of every row's strength at the rule's level; None where the rule needs none."""
+    if rule.budget is None:
+        return None
+    # the ends of the two-sided interval at level 1 − 2(1 − L) are the one-sided bounds at level L
+    frame = run.influence(query, groups=groups, level=2 * rule.level - 1)
+    return (frame["ci_low"] if sign > 0 else -frame["ci_high"]).to_numpy()
+
+
 def _figures(frame: pl.DataFrame, rule: Rule) -> pl.DataFrame:
     """The key and figures of an influence frame's rows, with the reason why they go."""
     reasons = [rule.reason(row) for row in frame.iter_rows(named=True)]
@@ -323,7 +339,7 @@ def _figures(frame: pl.DataFrame, rule: Rule) -> pl.DataFrame:
 
 
 def _predict_groups(
-    run: Run, query: str, frame: pl.DataFrame, *, chosen: np.ndarray, ids: pl.Series
+    run: Recorded, query: str, frame: pl.DataFrame, *, chosen: np.ndarray, ids: pl.Series
 ) -> GaussianInfluence | None:
     """Predicted influence of several whole groups that were chosen by their estimates.
 

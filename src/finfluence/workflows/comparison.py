@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import polars as pl
 
-from finfluence.errors import FinfluenceWarning, InputError
+from finfluence.errors import InputError
 from finfluence.influence.consistency import (
     Figure,
     joint_recall,
@@ -21,6 +20,7 @@ from finfluence.influence.consistency import (
     top_sets,
     variation,
 )
+from finfluence.runs.pooling import check_same_data, warn_of_copies
 from finfluence.runs.run import Run, open_run
 from finfluence.signals import SELF
 from finfluence.tradeoff import SIGN_CONVENTION
@@ -117,8 +117,7 @@ def compare_runs(
     names = tuple(str(run.directory) for run in opened)
     if len(opened) < 2:
         raise InputError(f"comparing needs two or more runs, got {len(opened)}; give several run directories")
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{repeated[0]} is given twice; a run always agrees with itself")
+    check_same_data(opened)
     if not 0 < fdr < 1:
         raise InputError(f"the false-discovery rate must lie between 0 and 1, got {fdr:g}")
     name = _common_query(opened, query)
@@ -127,7 +126,7 @@ def compare_runs(
         raise InputError(f"unknown effect {chosen!r}; choose harmful or supporting")
     frames = [run.influence(name, alternative=chosen, level=level, sensitivity=sensitivity) for run in opened]
     table = opened[0].samples()
-    mu, q, ids = _aligned(opened, frames)
+    mu, q, ids = _aligned(frames)
     bad = None if known is None else _known(table, known, ids)
     score = -mu if chosen == "harmful" else mu
     flagged = (q <= fdr) & (score > 0)
@@ -208,27 +207,11 @@ def _common_query(runs: Sequence[Run], query: str | None) -> str:
     return query
 
 
-def _aligned(runs: Sequence[Run], frames: Sequence[pl.DataFrame]) -> tuple[np.ndarray, np.ndarray, pl.Series]:
+def _aligned(frames: Sequence[pl.DataFrame]) -> tuple[np.ndarray, np.ndarray, pl.Series]:
     """(runs, n) μ, (runs, n) q-values and the ids, in the first run's order; samples that a run never saw are out."""
     first = frames[0]
-    contents = runs[0].samples()
     mus, qs = [], []
-    for run, frame in zip(runs, frames, strict=True):
-        if frame["sample"].dtype != first["sample"].dtype or set(frame["sample"]) != set(first["sample"]):
-            raise InputError(
-                f"{run.directory} has other samples than {runs[0].directory} ({frame.height} and {first.height}); "
-                "compare runs on the same data"
-            )
-        own = run.samples()
-        if "content_hash" in own.columns and "content_hash" in contents.columns:
-            both = contents.select("sample", "content_hash").join(
-                own.select("sample", other="content_hash"), on="sample"
-            )
-            if changed := both.filter(pl.col("content_hash") != pl.col("other")).height:
-                raise InputError(
-                    f"{changed} samples of {run.directory} have the same ids but other contents than in "
-                    f"{runs[0].directory}; compare runs on the same data"
-                )
+    for frame in frames:
         aligned = first.select("sample").join(frame, on="sample", how="left", maintain_order="left")
         mus.append(aligned["mu"].fill_null(np.nan).to_numpy())
         qs.append(aligned["q_value"].fill_null(np.nan).to_numpy())
@@ -236,13 +219,7 @@ def _aligned(runs: Sequence[Run], frames: Sequence[pl.DataFrame]) -> tuple[np.nd
     seen: np.ndarray = np.all(np.isfinite(mu), axis=0)
     if not seen.any():
         raise InputError("no sample has an influence in every run; record whole epochs")
-    if len(np.unique(mu[:, seen], axis=0)) < len(mu):
-        warnings.warn(
-            "two of the runs give every sample exactly the same influence: they are one training under two names, so "
-            "their agreement says nothing; train with other seeds",
-            FinfluenceWarning,
-            stacklevel=3,
-        )
+    warn_of_copies(mu[:, seen])
     return mu[:, seen], q[:, seen], first["sample"].filter(pl.Series(seen.tolist(), dtype=pl.Boolean))
 
 

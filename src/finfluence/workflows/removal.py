@@ -12,6 +12,7 @@ import polars as pl
 
 from finfluence.errors import InputError
 from finfluence.influence import Correction, attach
+from finfluence.runs.pooling import Recorded
 from finfluence.runs.run import Run
 from finfluence.signals import open_folder
 from finfluence.tradeoff import GaussianInfluence
@@ -36,16 +37,16 @@ _MEASURED = {"k": pl.Int64, "mu": pl.Float64, "se": pl.Float64, "ci_low": pl.Flo
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """One run's estimates for one query, ready to promise what a cut chosen by them will do.
+    """Estimates for one query, ready to promise what a cut chosen by them will do.
 
     Attributes:
-        run: the recorded run.
+        run: the recorded run, or several as one.
         query: its query.
         effect: which rows are looked for.
         frame: `Run.influence` with one-sided p-values, one row a sample in the order of the sample table.
     """
 
-    run: Run
+    run: Recorded
     query: str
     effect: Effect
     frame: pl.DataFrame
@@ -53,7 +54,7 @@ class Selection:
     @classmethod
     def of(
         cls,
-        run: Run,
+        run: Recorded,
         query: str,
         *,
         effect: Effect,
@@ -259,7 +260,7 @@ def measured_points(run: Run, query: str, *, effect: Effect) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=_MEASURED).sort("k")
 
 
-def caveats(run: Run) -> tuple[str, ...]:
+def caveats(run: Recorded) -> tuple[str, ...]:
     """What to say about every prediction of a run, one sentence each."""
     if run.sensitivity != "live":
         return ()

@@ -174,6 +174,7 @@ def _render(
     )
     script = f"(() => {{\n'use strict';\n{''.join(_resource(name) for name in _SCRIPTS)}}})();\n"
     vega = _vega()
+    models = len(run.measured_epochs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     # Scripts run by their hash alone: markup that slipped through the escaping would still not be executed.
     return environment.from_string(_resource("page.html.j2")).render(
@@ -185,6 +186,7 @@ def _render(
         payload=payload.encode(),
         n_samples=f"{columns.frame.height:,}",
         sign=SIGN_CONVENTION.replace("mu > 0", "μ\u00a0>\u00a00").replace("mu < 0", "μ\u00a0<\u00a00"),
+        measured="on the trained model" if models == 1 else f"on average over the models after {models} epochs",
         queries=queries,
         failed=failed,
         search_hint="words or an id" if columns.texts else "an id",
