@@ -83,6 +83,14 @@ def test_several_runs_are_cut_and_scored_as_one(run: Path, tmp_path: Path, capsy
     np.testing.assert_allclose(pl.read_csv(out.encode()).sort("mu")["mu"], pooled["mu"], rtol=1e-9)
     code, out, _ = call(capsys, "score", *pair, "--top", "1")
     assert (code, "2 runs averaged" in out) == (0, True)
+    code, out, err = call(capsys, "verify", *pair, "--curve", "6", "--runs", "4")
+    assert code == 0, err
+    cut = fi.open_runs(pair).clean("validation", top=6)
+    assert cut.predicted is not None
+    assert f"μ = {cut.predicted.mu:+.2f}" in out
+    kept = json.loads((run / "verified.json").read_text(encoding="utf-8"))
+    assert [(entry["k"], entry["predicted"]["mu"]) for entry in kept] == [(6, cut.predicted.mu)]
+    (run / "verified.json").unlink()
     for words, message in (
         (("score", *pair, "--estimator", "max"), "averaged with the gaussian estimator"),
         (("score", *pair, "--query", "nope"), "unknown query 'nope'"),

@@ -13,7 +13,14 @@ from finfluence.errors import InputError
 
 
 def verify(
-    run: Annotated[str, typer.Argument(help="Directory of a run recorded with a recipe, e.g. by the demo.")],
+    run: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Directory of a run recorded with a recipe, e.g. by the demo; several predict as one, "
+            "and the first is trained again.",
+        ),
+    ],
     subset: Annotated[
         Path | None, typer.Option(help="File of sample ids to remove (one a line, or a 'sample' column).")
     ] = None,
@@ -40,7 +47,7 @@ def verify(
     Example: finfluence verify runs/demo --flagged --precision 0.8
     Another: finfluence verify runs/demo --curve 10,50,recommended --runs 32
     """
-    from finfluence.runs import open_run
+    from finfluence.runs import open_runs
     from finfluence.tradeoff import SIGN_CONVENTION
     from finfluence.workflows.cleaning import clean
     from finfluence.workflows.verification import Chosen, Verification, curve_points
@@ -50,7 +57,7 @@ def verify(
         raise InputError(f"unknown executor {executor!r}; choose ensemble, processes or ray")
     if (subset is not None) + flagged + (curve is not None) != 1:
         raise InputError("say which samples to remove: --subset FILE, --flagged or --curve K,K,... (one of them)")
-    opened = open_run(run)
+    opened = open_runs(run)
     name = choose_query(opened, query)
     chosen: list[Any]
     if subset is not None:

@@ -21,6 +21,7 @@ from finfluence.tradeoff import SIGN_CONVENTION
 
 if TYPE_CHECKING:
     from finfluence.workflows.cleaning import Cleaning
+    from finfluence.workflows.verification import Verification
 
 
 class PooledRuns:
@@ -140,6 +141,13 @@ class PooledRuns:
         from finfluence.workflows.cleaning import clean
 
         return clean(self, query, **options)
+
+    def verify(self, ids: Any, **options: Any) -> Verification:
+        """Retrains the first run's training with and without some samples; as `Run.verify`, predicted by all runs."""
+        from finfluence.workflows.verification import verify
+
+        *_, last = verify(self, ids, **options)
+        return last
 
     def __repr__(self) -> str:
         return f"PooledRuns({len(self.runs)} runs: {self.directory}; queries {', '.join(self.queries)})"

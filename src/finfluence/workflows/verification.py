@@ -15,7 +15,8 @@ import polars as pl
 from torch import nn
 
 from finfluence.errors import FinfluenceWarning, InputError, StoreError
-from finfluence.runs import Plan, Retraining, Run, Truth, retrain_until
+from finfluence.runs import Plan, PooledRuns, Retraining, Run, Truth, retrain_until
+from finfluence.runs.pooling import Recorded
 from finfluence.runs.sources import dataset_hashes
 from finfluence.signals import open_folder
 from finfluence.tradeoff import GaussianInfluence
@@ -125,7 +126,7 @@ class Chosen:
 
 
 def curve_points(
-    run: Run, query: str, ks: Sequence[int | Literal["recommended"]], *, effect: Effect = "harmful"
+    run: Recorded, query: str, ks: Sequence[int | Literal["recommended"]], *, effect: Effect = "harmful"
 ) -> list[Chosen]:
     """Points of a removal curve, to verify: the k strongest rows for every k.
 
@@ -147,7 +148,7 @@ def curve_points(
 
 
 def verify(
-    run: Run,
+    run: Recorded,
     ids: Sequence[Any] | np.ndarray | Chosen | Cleaning,
     *,
     name: str = "subset",
@@ -162,10 +163,11 @@ def verify(
     """Retrains in steps and yields the state after each, until the interval is narrow enough or the runs are done.
 
     Every retraining starts from the parameters that the recorded run started from: a recorded run's μ is conditional
-    on its initialisation. What is measured is kept in the run's verified.json.
+    on its initialisation. What is measured is kept in the run's verified.json. Of several runs as one, the prediction
+    is of all, and the first is the one that is trained again and keeps what was measured.
 
     Args:
-        run: a run recorded by `train`.
+        run: a run recorded by `train`, or several as one.
         ids: samples to remove. Of a cleaning or of `curve_points` the prediction is the one corrected for the choice;
             of plain ids it is `Run.influence`, right for subsets that were not chosen by the run's own estimates.
         name: of plain ids, for people.
@@ -185,6 +187,7 @@ def verify(
             or data that changed since the run.
         OracleError: retraining cannot be done.
     """
+    asked, run = run, run.runs[0] if isinstance(run, PooledRuns) else run
     recipe = recipe or run_recipe(run)
     if isinstance(ids, Cleaning):
         query, ids = query or ids.query, Chosen.of(ids)
@@ -195,7 +198,7 @@ def verify(
     check_unchanged(run, recipe)
     if not isinstance(ids, Chosen):
         members = np.asarray(ids)
-        ids = Chosen(name, members, _estimate(run.influence(query, subsets={"removed": members})), "harmful")
+        ids = Chosen(name, members, _estimate(asked.influence(query, subsets={"removed": members})), "harmful")
     members = ids.ids
     digest = hashlib.sha256(repr(sorted(members.tolist())).encode()).hexdigest()[:12]
     # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
