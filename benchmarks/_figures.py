@@ -80,19 +80,25 @@ def consistency(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measured(alt: Any, rows: list[dict[str, Any]]) -> Any:
-    """The end of training and the mean of its second half as two dots on a line, for each data set and network."""
+    """The end of training, the mean of its second half and five runs of that as dots on a line, for each problem."""
+    shown = {
+        ("the end", "full"): "the end",
+        ("second half", "full"): "second half",
+        ("second half", "full, 5 runs averaged"): "second half, 5 runs",
+    }
     points = [
-        {"problem": r["data"], "measured": r["measured"], "jaccard": r["jaccard_10"][0]}
+        {"problem": r["data"], "measured": shown[key], "jaccard": r["jaccard_10"][0]}
         for r in rows
-        if r["signals"] == "full"
+        if (key := (r["measured"], r["signals"])) in shown
     ]
     y = alt.Y("problem:N", title=None, sort=[p["problem"] for p in points])
     x = alt.X("jaccard:Q", title="Jaccard similarity of the top 10 % over reruns", scale=alt.Scale(domain=[0, 1]))
-    scale = alt.Scale(domain=["the end", "second half"], range=[COLOURS["baseline"], COLOURS["finfluence"]])
+    colours = [COLOURS["baseline"], COLOURS["finfluence"], "#111111"]
+    scale = alt.Scale(domain=list(shown.values()), range=colours)
     base = alt.Chart(alt.Data(values=points))
     dots = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=alt.Color("measured:N", scale=scale))
     lines = base.mark_line(color="#bbbbbb").encode(x=x, y=y, detail="problem:N")
-    return (lines + dots).properties(width=320, height={"step": 20}, title="What is measured (full signals, one run)")
+    return (lines + dots).properties(width=320, height={"step": 20}, title="What is measured (full signals)")
 
 
 def agreement(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:

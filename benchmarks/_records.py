@@ -67,7 +67,7 @@ class Record:
         name: the benchmark.
         options: its parsed options, of `parser`.
         seeds: what was random, in words or numbers.
-        merge: keep the tables of an earlier record that this run does not make again.
+        merge: keep what an earlier record has and this run does not make again.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, *, seeds: Any = None, merge: bool = False) -> None:
@@ -88,7 +88,9 @@ class Record:
         self._before = 0.0
         if merge and self.path and self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
-            self.content |= {key: earlier.get(key, []) for key in ("tables", "notes")}
+            kept = {key: earlier.get(key, []) for key in ("tables", "notes")}
+            kept["versions"] = earlier.get("versions", {}) | self.content["versions"]
+            self.content = earlier | self.content | kept
             self._before = earlier.get("seconds", 0.0)
 
     def table(self, title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:

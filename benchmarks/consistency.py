@@ -16,6 +16,7 @@ TRAK 0.736, influence functions 0.567, TracIn 0.564.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -79,7 +80,7 @@ COLUMNS = {
 MEASURED = "What is measured: the end of training, or the mean over the second half of its epochs (10 % wrong labels)"
 MEASURED_COLUMNS = {
     "data": "data, network",
-    "signals": "signals",
+    "signals": "signals or baseline",
     "measured": "measured",
     "jaccard_1": "top 1 %|.3f",
     "jaccard_5": "top 5 %|.3f",
@@ -146,17 +147,40 @@ def peers_of(
     return peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
-def measured(problem: Problem, *, runs: int) -> list[dict[str, Any]]:
-    """finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs."""
+def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]:
+    """finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs.
+
+    Of `runs` runs, and of `pools` groups of five runs averaged (full signals). Beside them the loss averaged over
+    checkpoints, the most consistent of what costs nothing.
+    """
+    loss = "loss, mean over checkpoints"
     found: dict[tuple[str, str], list[Scores]] = defaultdict(list)
-    for run in range(runs):
-        for signals in ("batch", "full"):
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder) / "run"
-                recorded = record(problem, place, seed=run + 1, start=0, signals=signals)
-                found["the end", signals].append(harmful(recorded.influence(QUERY, alternative="harmful")))
-                again = of_second_half(problem, recorded, start=0)
-                found["second half", signals].append(harmful(again.influence(QUERY, alternative="harmful")))
+
+    def add(what: str, signals: str, asked: Any) -> None:
+        found[what, signals].append(harmful(asked.influence(QUERY, alternative="harmful")))
+
+    for first in range(0, max(runs, 5 * pools), 5):
+        with tempfile.TemporaryDirectory() as folder:
+            kept: dict[str, list[fi.Run]] = defaultdict(list)
+            losses: list[np.ndarray] = []
+            for run in range(first, min(first + 5, max(runs, 5 * pools))):
+                for signals in ("batch", "full") if run < runs else ("full",):
+                    place = Path(folder) / f"{signals}-{run}"
+                    recorded = record(problem, place, seed=run + 1, start=0, signals=signals)
+                    # the second replay takes the place of the first
+                    end = fi.open_run(shutil.copytree(recorded.directory, Path(folder) / f"{signals}-{run}-end"))
+                    for what, asked in (("the end", end), ("second half", of_second_half(problem, recorded, start=0))):
+                        if run < runs:
+                            add(what, signals, asked)
+                        if signals == "full":
+                            kept[what].append(asked)
+                losses.append(baselines(train(problem, seed=run + 1, start=0))["self", loss].value)
+                if run < runs:
+                    found["checkpoints", loss].append(Scores(losses[-1]))
+            if first < 5 * pools:
+                found["checkpoints", f"{loss}, 5 runs averaged"].append(Scores(np.mean(losses, axis=0)))
+                for what, members in kept.items():
+                    add(what, "full, 5 runs averaged", fi.PooledRuns(members))
     rows = []
     for (what, signals), scores in found.items():
         precision = [detection(s.value, problem.planted) for s in scores]
@@ -220,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
             if options.problems and problem.name not in options.problems:
                 continue
             if options.measured:
-                means += measured(problem, runs=runs)
+                means += measured(problem, runs=runs, pools=0 if options.quick else POOLS)
                 record_.table(MEASURED, MEASURED_COLUMNS, means)
                 continue
             averaged = name in ("digits", "mnist") and model == "mlp" and not options.quick

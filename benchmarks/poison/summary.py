@@ -17,6 +17,8 @@ from finfluence.influence.consistency import mean_over_pairs, pairwise_jaccard, 
 SHARES = (0.01, 0.02, 0.05, 0.10, 0.20)
 Result = Mapping[str, Any]
 
+MEASURED = "What is measured: the end of training, or the mean throughout it"
+
 # Methods by where a result keeps them. What needs no training is the same for every seed.
 _ASKED = (("contrast", "contrast"), ("negative", "negative answers"))
 _SCORES = {
@@ -24,6 +26,8 @@ _SCORES = {
     for title, stage, method in (
         ("finfluence replay", "scores", "replay"),
         ("finfluence replay, relative", "relative", "replay"),
+        ("finfluence replay, throughout", "throughout", "replay"),
+        ("finfluence replay, throughout, relative", "throughout", "relative"),
         ("finfluence live", "scores", "live"),
         ("TracIn", "checkpoint_scores", "tracin"),
         ("LESS cosine", "checkpoint_scores", "less"),
@@ -103,12 +107,16 @@ def _precision(score: np.ndarray, planted: np.ndarray) -> float:
     return detection(score, planted).average_precision
 
 
-def write_tables(record: Record, results: Mapping[str, Sequence[Result]]) -> None:
-    """Adds the tables of detection, behaviour and time.
+def write_detection(
+    record: Record, results: Mapping[str, Sequence[Result]], *, title: str = "Finding the planted rows", only: str = ""
+) -> None:
+    """Adds the table of how well methods find planted rows.
 
     Args:
         record: the record under way.
         results: of every problem, one a seed.
+        title: of the table.
+        only: beginning of the names of the methods that it has.
     """
     rows = []
     for problem, found in results.items():
@@ -122,10 +130,12 @@ def write_tables(record: Record, results: Mapping[str, Sequence[Result]]) -> Non
             }
             scores = pooled | scores
         rows += [
-            {"problem": problem, "method": name} | detection_row(values, planted) for name, values in scores.items()
+            {"problem": problem, "method": name} | detection_row(values, planted)
+            for name, values in scores.items()
+            if name.startswith(only)
         ]
     record.table(
-        "Finding the planted rows",
+        title,
         {
             "problem": "entity",
             "method": "method",
@@ -141,6 +151,16 @@ def write_tables(record: Record, results: Mapping[str, Sequence[Result]]) -> Non
         },
         rows,
     )
+
+
+def write_tables(record: Record, results: Mapping[str, Sequence[Result]]) -> None:
+    """Adds the tables of detection, behaviour and time.
+
+    Args:
+        record: the record under way.
+        results: of every problem, one a seed.
+    """
+    write_detection(record, results)
     record.table(
         "What the model says",
         {

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from oracle_problems import Misfortunes, N, Serial, dataset, experiment, mlp, queries
 
 from finfluence.errors import InputError, OracleError
 from finfluence.influence import metadata
+from finfluence.runs import Engine
 from finfluence.runs.oracle import open_truth, retrain, retrain_until
 from finfluence.runs.oracle.arms import BASE, make_arm, run_seed
 from finfluence.runs.tasks import ClassificationTask
@@ -186,6 +188,33 @@ def test_measured_epochs_are_kept_apart(tmp_path: Any) -> None:
     assert frame["mu"].to_list() != truth.influence("one")["mu"].to_list()
     with pytest.raises(InputError, match="or 'mean'"):
         truth.influence("one", epoch=2)
+
+
+def test_measured_within_an_epoch(tmp_path: Any) -> None:
+    """After a part of an epoch is after the nearest step, whoever trains."""
+    arguments: dict[str, Any] = {"measure_epochs": [0.55, 1]}
+    with experiment(tmp_path / "together", **arguments) as work:
+        truth = work.extend(4)
+        problem = work.problem
+    with experiment(tmp_path / "one by one", executor=Serial(), **arguments) as work:
+        alone = work.extend(4)
+    assert truth.epochs == open_truth(tmp_path / "together").epochs == [0.55, 1, 3]
+    for run in range(4):
+        plan = problem.plan.with_seed(run_seed(problem.plan.seed, BASE, run))
+        model = mlp(problem.plan.seed)
+        engine = Engine(problem.task, model, dataset=dataset(), plan=plan)
+        for batch in engine.batches():
+            engine.step(batch)
+            for epoch, steps in ((0.55, 4), (1, 7)):
+                if batch.step + 1 == steps:
+                    with torch.no_grad():
+                        expected = float(problem.task.losses(model, queries()["one"]).mean())
+                    for found in (truth, alone):
+                        value = found.losses("one", "some", epoch=epoch).trained_with[run]
+                        assert value == pytest.approx(expected, rel=1e-4)
+    assert truth.influence("one", epoch="mean")["mu"].is_finite().all()
+    with pytest.raises(InputError, match="numbers of epochs up to 3"):
+        experiment(tmp_path / "wrong", measure_epochs=[0.0, 1])
 
 
 def test_until_precise(tmp_path: Any) -> None:

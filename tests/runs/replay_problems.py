@@ -97,9 +97,9 @@ def brute_force(
 
     Measured is the mean after the run's `measured_epochs`.
     """
-    per_epoch = run.steps().height // int(run.manifest["epochs"])
-    ends = {epoch * per_epoch for epoch in run.measured_epochs}
     plan = Plan.from_dict(run.manifest["plan"])
+    per_epoch = run.steps().height // int(run.manifest["epochs"])
+    ends = {round(epoch * per_epoch) for epoch in run.measured_epochs}
     make = problem.get("make", mlp)
     task, data, asked = problem.get("task", TASK), problem.get("data") or dataset(), problem.get("queries") or queries()
 

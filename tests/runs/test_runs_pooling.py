@@ -102,7 +102,7 @@ def test_what_is_no_two_estimates_of_one_number_is_refused(runs: list[fi.Run], t
     with pytest.raises(InputError, match="given twice"):
         fi.PooledRuns([runs[0], runs[0].directory])
     mean = record(tmp_path / "mean", seed=1, replay_options=fi.ReplayOptions(measure_epochs="second-half"))
-    with pytest.raises(InputError, match=r"measured after epoch 4 and .* after epochs 2 to 4 \(3 of them\)"):
+    with pytest.raises(InputError, match=r"measured after epoch 4 and .* after epochs 2 to 4 \(3 times\)"):
         fi.PooledRuns([runs[0], mean])
     live = record(tmp_path / "live", seed=1, sensitivity="live")
     with pytest.raises(InputError, match="of one sensitivity"):

@@ -169,7 +169,17 @@ def test_full_signals_evaluate_every_sample_and_influence_uses_them(tmp_path):
     assert full.influence("one")["se"].to_numpy().max() < batch.influence("one")["se"].to_numpy().max()
 
 
-@pytest.mark.parametrize(("epochs", "measured"), [((1, 3), (1, 3)), ("second-half", (1, 2, 3)), ((3,), (3,))], ids=str)
+@pytest.mark.parametrize(
+    ("epochs", "measured"),
+    [
+        ((1, 3), (1, 3)),
+        ("second-half", (1, 2, 3)),
+        ((3.0,), (3,)),
+        ((0.4, 1.6, 3), (0.4, 1.6, 3)),
+        ("throughout", (0.5, 1, 1.5, 2, 2.5, 3)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("optimizer", [fi.SGD(lr=0.2, momentum=0.8), fi.AdamW(lr=0.02)], ids=["sgd", "adamw"])
 def test_a_mean_over_epochs(tmp_path, epochs, measured, optimizer):
     """Signals are the derivative of the mean of what is measured after several epochs."""
@@ -199,8 +209,8 @@ def test_steep_measurements_on_the_way_are_not_taken_for_growth(tmp_path):
 
 
 def test_what_is_measured_is_checked_and_part_of_the_replay(tmp_path):
-    for wrong in ((), (0, 3), (2, 1), (1.5, 3), "last"):
-        with pytest.raises(InputError, match="increasing whole epochs"):
+    for wrong in ((), (0, 3), (2, 1), (1, 1.0), (float("nan"), 3), "last"):
+        with pytest.raises(InputError, match="increasing numbers of epochs"):
             fi.runs.ReplayOptions(measure_epochs=wrong)
     run = problems.train(tmp_path / "run")
     assert run.measured_epochs == (3,)
@@ -218,6 +228,8 @@ def test_what_is_measured_is_checked_and_part_of_the_replay(tmp_path):
 
     with pytest.raises(InputError, match="end with it"):
         again((1, 2))
+    with pytest.raises(InputError, match=r"an epoch has 5 steps, too few to measure after epochs 0\.96, 1, 3"):
+        again((0.96, 1, 3))
     before = problems.step_signals(run, 0)
     mean = again([2, 3])
     assert mean.measured_epochs == (2, 3)

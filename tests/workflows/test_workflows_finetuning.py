@@ -324,7 +324,7 @@ def test_the_llama_recipe_runs_at_small_size(tmp_path: Path) -> None:
     assert run.manifest["largest_residual"] < 2e-2
 
 
-@pytest.mark.parametrize(("asked", "measured"), [([1, 2], (1, 2)), ("second-half", (1, 2)), (None, (2,))], ids=str)
+@pytest.mark.parametrize(("asked", "measured"), [([0.5, 2], (0.5, 2)), ("second-half", (1, 2)), (None, (2,))], ids=str)
 def test_what_is_measured_is_part_of_the_configuration(
     world: Path, tmp_path: Path, asked: Any, measured: tuple[int, ...]
 ) -> None:

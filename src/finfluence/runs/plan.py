@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -92,6 +93,23 @@ class Plan:
     def steps(self, n: int) -> int:
         """Optimizer steps of a run over n samples."""
         return self.epochs * self.sampler.steps_per_epoch(n, self.batch_size)
+
+    def measured_steps(self, epochs: Sequence[float], n: int) -> tuple[int, ...]:
+        """The steps of a run over n samples after which it is measured.
+
+        Args:
+            epochs: after which, increasing; a part of an epoch is the nearest step.
+            n: samples that batches are drawn from.
+
+        Raises:
+            InputError: two of them are the same step, or one is before the first step.
+        """
+        per_epoch = self.sampler.steps_per_epoch(n, self.batch_size)
+        steps = tuple(round(epoch * per_epoch) for epoch in epochs)
+        if len(set(steps)) < len(steps) or min(steps) < 1:
+            asked = ", ".join(f"{epoch:g}" for epoch in epochs)
+            raise InputError(f"an epoch has {per_epoch} steps, too few to measure after epochs {asked}; give fewer")
+        return steps
 
     def with_seed(self, seed: int) -> Plan:
         """The same plan with another seed."""

@@ -263,8 +263,8 @@ def warn_of_copies(mu: np.ndarray) -> None:
 
 
 def _epochs(run: Run) -> str:
-    epochs = run.measured_epochs
-    return f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]} ({len(epochs)} of them)"
+    first, *others = run.measured_epochs
+    return f"epoch {first:g}" if not others else f"epochs {first:g} to {others[-1]:g} ({1 + len(others)} times)"
 
 
 Recorded = Run | PooledRuns

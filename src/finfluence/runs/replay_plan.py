@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Literal, get_args
 
 import psutil
@@ -26,6 +27,9 @@ _MEMORY_SHARE = 0.25
 _PROCESS_SHARE = 0.1
 # Batch gradients that one Hessian-vector product costs; several exact products of a small model share their overhead.
 _PRODUCT_COST = {"exact": 1.5, "one-sided": 1.0, "central": 2.0}
+_SPANS = ("second-half", "throughout")
+# Even parts of the training that "throughout" measures after.
+THROUGHOUT = 6
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class ReplayOptions:
             suits smooth losses. ReLU has its curvature in kinks, which exact products miss and differences over a
             finite length count: 0.04 suits linear layers and ReLU under SGD. Counting few kinks is noisy: Adam's
             small first denominators and convolutions make more of that noise than of the kinks, and exact does better.
-        measure_epochs: epochs after which the queries are measured, increasing and up to the last, or "second-half";
+        measure_epochs: epochs after which the queries are measured, increasing and up to the last, whole or not (1.5:
+            after half of the second epoch), "second-half", or "throughout" for six even parts of the training;
             influence is on the mean of the measurements. Where the end of a training jitters, the mean over its last
-            epochs is what reruns agree on, in a smaller unit of noise. None for the end alone.
+            epochs is what reruns agree on, in a smaller unit of noise. Where many rows teach the same, the end says
+            little of each, as any of them could be left out by then; throughout the training it was still learned
+            from them. None for the end alone.
             `retrain(measure_epochs=...)` and `truth.influence(query, epoch="mean")` measure the same.
         clip_derivative: whether the factor of gradient clipping is taken as "constant" or differentiated ("exact").
         tolerance: relative difference between re-executed and stored parameters above which the replay stops; None for
@@ -65,7 +72,7 @@ class ReplayOptions:
     second_moment: SecondMoment = "settled"
     hessian: HessianMethod = "auto"
     smoothing: float | None = None
-    measure_epochs: tuple[int, ...] | Literal["second-half"] | None = None
+    measure_epochs: tuple[float, ...] | Literal["second-half", "throughout"] | None = None
     clip_derivative: ClipDerivative = "constant"
     tolerance: float | None = None
     divergence: float = 30.0
@@ -92,14 +99,14 @@ class ReplayOptions:
                 f"exact Hessian products have no length to smooth over, got smoothing={self.smoothing!r}; "
                 "set hessian='central' or leave it 'auto'"
             )
-        if self.measure_epochs is not None and self.measure_epochs != "second-half":
-            epochs = self.measure_epochs
-            whole = not isinstance(epochs, str) and all(isinstance(e, int) and e > 0 for e in epochs)
-            if not whole or not epochs or sorted(set(epochs)) != list(epochs):
+        epochs = self.measure_epochs
+        if epochs is not None and epochs not in _SPANS:
+            numbers = not isinstance(epochs, str) and all(isinstance(e, int | float) and 0 < e < inf for e in epochs)
+            if not numbers or not epochs or sorted(set(epochs)) != list(epochs):
                 raise InputError(
-                    f"measure_epochs is {epochs!r}; give increasing whole epochs from 1 on, or 'second-half'"
+                    f"measure_epochs is {epochs!r}; give increasing numbers of epochs, 'second-half' or 'throughout'"
                 )
-            object.__setattr__(self, "measure_epochs", tuple(epochs))
+            object.__setattr__(self, "measure_epochs", _plain(epochs))
         if self.tolerance is not None and not self.tolerance > 0:
             raise InputError(f"tolerance must be positive, got {self.tolerance!r}")
         if self.memory_bytes is not None and self.memory_bytes < 0:
@@ -110,7 +117,7 @@ class ReplayOptions:
         """What concerns the optimizer's derivative alone."""
         return AdjointOptions(damping=self.damping, second_moment=self.second_moment)
 
-    def measured(self, epochs: int) -> tuple[int, ...]:
+    def measured(self, epochs: int) -> tuple[float, ...]:
         """The epochs after which a training of so many is measured.
 
         Raises:
@@ -120,9 +127,11 @@ class ReplayOptions:
             return (epochs,)
         if self.measure_epochs == "second-half":
             return tuple(range(max(1, epochs // 2), epochs + 1))
+        if self.measure_epochs == "throughout":
+            return _plain(epochs * part / THROUGHOUT for part in range(1, THROUGHOUT + 1))
         if self.measure_epochs[-1] != epochs:
             raise InputError(
-                f"measure_epochs ends with {self.measure_epochs[-1]}, the training with epoch {epochs}; end with it"
+                f"measure_epochs ends with {self.measure_epochs[-1]:g}, the training with epoch {epochs}; end with it"
             )
         return self.measure_epochs
 
@@ -153,9 +162,14 @@ class ReplayOptions:
             del found["smoothing"]  # a replay from before there was the option is the same replay
         if self.measure_epochs is None:
             del found["measure_epochs"]
-        elif self.measure_epochs != "second-half":
+        elif self.measure_epochs not in _SPANS:
             found["measure_epochs"] = list(self.measure_epochs)  # as it is read back from JSON
         return found | {"divergence": str(self.divergence)}
+
+
+def _plain(epochs: Iterable[float]) -> tuple[float, ...]:
+    """Whole epochs as integers, as they are read back from JSON."""
+    return tuple(int(epoch) if epoch == int(epoch) else float(epoch) for epoch in epochs)
 
 
 @dataclass(frozen=True)

@@ -270,9 +270,9 @@ class _Replay:
 
     def _measuring_steps(self) -> dict[int, float]:
         """Weight of each step's beginning, and of the end, in what is measured."""
-        total = self.engine.plan.epochs
-        epochs, per_epoch = self.options.measured(total), self.engine.total_steps // total
-        return {epoch * per_epoch: 1.0 / len(epochs) for epoch in epochs}
+        plan = self.engine.plan
+        epochs = self.options.measured(plan.epochs)
+        return dict.fromkeys(plan.measured_steps(epochs, self.engine.n), 1.0 / len(epochs))
 
     def _restore(self, step: int) -> None:
         restore_training_state(self.engine.model, self.engine.optimizer, self.recording.states.load(step))

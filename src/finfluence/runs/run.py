@@ -285,7 +285,7 @@ class Run:
         return two_stage_subsets(found.index, subsets, **flat, rule=rule, reporting=reporting, key=key, meta=meta)
 
     @property
-    def measured_epochs(self) -> tuple[int, ...]:
+    def measured_epochs(self) -> tuple[float, ...]:
         """Epochs after which the queries were measured; influence is on the mean (see `ReplayOptions`)."""
         asked = (self.manifest.get("replay") or {}).get("measured_epochs")
         return tuple(asked or [int(self.manifest.get("epochs", 1))])

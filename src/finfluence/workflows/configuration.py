@@ -206,7 +206,8 @@ class SensitivitySection(Section):
         signals: "batch", or "full" for every sample at the panel's positions.
         hessian: Hessian-vector products of the replay; finite differences need no double backward.
         damping: κ of the damped Adam adjoint; the library's own by default.
-        measure_epochs: epochs after which the replay's queries are measured, or "second-half"; the end by default.
+        measure_epochs: epochs after which the replay's queries are measured, whole or not, "second-half", or
+            "throughout", which finds rows of which many teach the same; the end by default.
         checkpoint_every: steps between states; about the square root of the number of steps by default.
         self_influence: "record" also records each sample's influence on its own loss where batches hold it, "all" that
             of every sample at three steps, for relative influence after few epochs.
@@ -218,7 +219,7 @@ class SensitivitySection(Section):
     panel: PanelSection = PanelSection()
     hessian: Literal["one-sided", "central", "exact", "auto"] = "one-sided"
     damping: Annotated[float, Field(ge=0)] | None = None
-    measure_epochs: tuple[Positive, ...] | Literal["second-half"] | None = None
+    measure_epochs: tuple[Annotated[int | float, Field(gt=0)], ...] | Literal["second-half", "throughout"] | None = None
     checkpoint_every: Positive | None = None
     self_influence: Literal["none", "record", "all"] = "none"
 

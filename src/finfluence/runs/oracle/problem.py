@@ -73,7 +73,7 @@ class Problem:
     n: int
     initialisation: Initialisation
     budget: TrainingBudget
-    measured: tuple[int, ...]
+    measured: tuple[float, ...]
     collate: Collate | None = None
     device: str | None = None
 
@@ -83,8 +83,7 @@ class Problem:
 
     def checkpoints(self, arm: str) -> tuple[int, ...]:
         """Steps after which an arm's models are measured; the last is the number of steps of its training."""
-        per_epoch = self.plan.sampler.steps_per_epoch(self.population(arm), self.plan.batch_size)
-        return tuple(epoch * per_epoch for epoch in self.measured)
+        return self.plan.measured_steps(self.measured, self.population(arm))
 
     def build_model(self, job: Job) -> nn.Module:
         """The model a job starts from. Call it where the global random state may change."""

@@ -62,7 +62,7 @@ class Retraining:
         accumulation: int = 1,
         precision: Precision = "float32",
         ids: Ids | None = None,
-        measure_epochs: Sequence[int] = (),
+        measure_epochs: Sequence[float] = (),
         budget: TrainingBudget = "steps",
         collate: Collate | None = None,
         device: str | None = None,
@@ -217,7 +217,7 @@ def retrain(
     accumulation: int = 1,
     precision: Precision = "float32",
     ids: Ids | None = None,
-    measure_epochs: Sequence[int] = (),
+    measure_epochs: Sequence[float] = (),
     budget: TrainingBudget = "steps",
     collate: Collate | None = None,
     device: str | None = None,
@@ -249,7 +249,7 @@ def retrain(
         accumulation: as in `Plan`.
         precision: as in `Plan`.
         ids: (n,) int64 or str ids of the samples; None for their index.
-        measure_epochs: epochs after which queries are measured besides the last.
+        measure_epochs: epochs after which queries are measured besides the last, whole or not.
         budget: "steps" trains every arm for as many optimizer steps as the base arm (other samples take the place of
             the removed ones, which is what one-run estimates of influence assume); "epochs" for as many epochs.
         collate: makes a batch of samples; torch's default_collate where None.
@@ -364,10 +364,10 @@ def retrain_until(
             return
 
 
-def _measured(measure_epochs: Sequence[int], epochs: int) -> tuple[int, ...]:
+def _measured(measure_epochs: Sequence[float], epochs: int) -> tuple[float, ...]:
     for epoch in measure_epochs:
-        if not isinstance(epoch, int) or not 1 <= epoch <= epochs:
-            raise InputError(f"measure_epochs holds {epoch!r}; give whole epochs between 1 and {epochs}")
+        if not isinstance(epoch, int | float) or not 0 < epoch <= epochs:
+            raise InputError(f"measure_epochs holds {epoch!r}; give numbers of epochs up to {epochs}")
     return tuple(sorted({*measure_epochs, epochs}))
 
 

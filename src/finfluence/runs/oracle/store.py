@@ -31,7 +31,7 @@ _KEYS = {
     "arm": pl.String,
     "run": pl.Int64,
     "seed": pl.Int64,
-    "epoch": pl.Int64,
+    "epoch": pl.Float64,
     "status": pl.String,
     "error": pl.String,
     "seconds": pl.Float64,
@@ -128,7 +128,7 @@ class TruthStore:
         self.folder.clean(_PARTS)
         return manifest
 
-    def append(self, outcomes: Sequence[Outcome], *, queries: Sequence[str], epochs: Sequence[int]) -> None:
+    def append(self, outcomes: Sequence[Outcome], *, queries: Sequence[str], epochs: Sequence[float]) -> None:
         """Writes outcomes as one part.
 
         Args:

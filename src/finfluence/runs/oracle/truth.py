@@ -17,7 +17,7 @@ from finfluence.runs.oracle.store import TruthStore
 from finfluence.tradeoff import TradeoffCurve, compare, gaussian_estimates, gaussianity, tradeoff_curve
 
 TruthEstimator = Literal["gaussian", "rank"]
-Epoch = int | Literal["mean"] | None
+Epoch = float | Literal["mean"] | None
 LEAST_RUNS = 4
 # trainings whose measurements agree this closely (relatively) differ by the rounding of float32 alone
 _ROUNDING = 16 * float(np.finfo(np.float32).eps)
@@ -67,11 +67,11 @@ class Truth:
     def __init__(self, manifest: dict[str, Any], trainings: pl.DataFrame) -> None:
         self.experiment: dict[str, Any] = manifest["experiment"]
         self.queries: list[str] = list(self.experiment["queries"])
-        self.epochs: list[int] = list(self.experiment["measured_epochs"])
+        self.epochs: list[float] = list(self.experiment["measured_epochs"])
         self.subsets: dict[str, np.ndarray] = {name: np.asarray(s["ids"]) for name, s in manifest["subsets"].items()}
         self._arms = {name: str(s["arm"]) for name, s in manifest["subsets"].items()}
         self._trainings = trainings
-        self._values: dict[tuple[str, int | str], np.ndarray] = {}
+        self._values: dict[tuple[str, float | str], np.ndarray] = {}
 
     def __repr__(self) -> str:
         size = f"{len(self.subsets)} subsets, {len(self.queries)} queries"
@@ -239,7 +239,7 @@ class Truth:
             self._values[key] = own.sort("run").select(self.queries).to_numpy().T
         return self._values[key]
 
-    def _epoch(self, epoch: Epoch) -> int | Literal["mean"]:
+    def _epoch(self, epoch: Epoch) -> float | Literal["mean"]:
         if epoch is not None and epoch != "mean" and epoch not in self.epochs:
             known = ", ".join(map(str, self.epochs))
             raise InputError(f"epoch {epoch!r} was not measured; choose one of {known}, or 'mean'")
