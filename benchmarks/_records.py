@@ -93,19 +93,23 @@ class Record:
             self.content = earlier | self.content | kept
             self._before = earlier.get("seconds", 0.0)
 
-    def table(self, title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
+    def table(self, title: str, columns: Mapping[str, str], rows: Sequence[Row], *, part: str | None = None) -> None:
         """Adds a table and prints it as Markdown.
 
         Args:
             title: above the table; a table of the same title is replaced.
             columns: heading by key, in order. A heading may end in a format of its numbers: "ratio|.2f".
             rows: one mapping a row; what no column shows is kept in the record all the same.
+            part: key by which an earlier table of the title keeps its rows, where it has values that no new row has.
         """
         made = {"title": title, "columns": dict(columns), "rows": [_plain(row) for row in rows]}
         made["command"] = self.content["command"]
         tables = self.content["tables"]
         places = [place for place, known in enumerate(tables) if known["title"] == title]
         if places:
+            if part is not None:
+                new = {row[part] for row in made["rows"]}
+                made["rows"] = [row for row in tables[places[0]]["rows"] if row[part] not in new] + made["rows"]
             tables[places[0]] = made
         else:
             tables.append(made)

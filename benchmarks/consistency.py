@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             if options.measured:
                 means += measured(problem, runs=runs, pools=0 if options.quick else POOLS)
-                record_.table(MEASURED, MEASURED_COLUMNS, means)
+                record_.table(MEASURED, MEASURED_COLUMNS, means, part="data")
                 continue
             averaged = name in ("digits", "mnist") and model == "mlp" and not options.quick
             rows: list[dict[str, Any]] = []

@@ -82,6 +82,20 @@ def test_a_record_keeps_tables_that_a_partial_run_does_not_make(tmp_path: Path) 
     assert [(table["title"], table["rows"][0]["a"]) for table in tables] == [("first", 3), ("second", 2)]
 
 
+def test_a_partial_run_keeps_the_rows_that_it_does_not_make_and_what_else_was_known(tmp_path: Path) -> None:
+    options = parser(None).parse_args(["--output", str(tmp_path / "x.json")])
+    first = Record("x", options)
+    first.content["settings"] = {"lr": 1}
+    first.content["versions"]["peer"] = "1.0"
+    first.table("t", {"a": "a"}, [{"d": "one", "a": 1}, {"d": "two", "a": 2}], part="d")
+    Record("x", options, merge=True).table("t", {"a": "a"}, [{"d": "two", "a": 3}], part="d")
+    found = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert found["tables"][0]["rows"] == [{"d": "one", "a": 1}, {"d": "two", "a": 3}]
+    assert found["settings"] == {"lr": 1}
+    assert found["versions"]["peer"] == "1.0"
+    assert "torch" in found["versions"]
+
+
 def test_markdown_shows_intervals_gaps_and_pipes() -> None:
     rows = [
         {"a": [0.5, 0.25, 0.75], "b": None, "c": "x|y"},

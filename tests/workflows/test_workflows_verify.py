@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,11 +41,16 @@ def test_measured_mu_agrees_with_prediction_for_the_flipped_labels(run: fi.Run) 
     assert "lowers the measurement" in str(last)
 
 
-def test_a_mean_over_epochs_is_verified_as_a_mean(tmp_path: Path) -> None:
-    options = fi.ReplayOptions(measure_epochs="second-half")
+@pytest.mark.parametrize(
+    ("asked", "epochs"),
+    [("second-half", [2, 3, 4]), ("throughout", pytest.approx([4 * k / 6 for k in range(1, 7)]))],
+    ids=["second-half", "throughout"],
+)
+def test_a_mean_over_epochs_is_verified_as_a_mean(tmp_path: Path, asked: Any, epochs: Any) -> None:
+    options = fi.ReplayOptions(measure_epochs=asked)
     run = digits(samples=200, epochs=4, seed=3).train(tmp_path / "run", sensitivity="replay", replay_options=options)
     *_, last = verify(run, run.samples().filter("planted")["sample"].to_numpy(), runs=32, progress=False)
-    assert last.truth.epochs == [2, 3, 4]
+    assert last.truth.epochs == epochs
     assert (tmp_path / "run" / "verify-mean").is_dir()
     arm = last.truth.influence("validation", epoch="mean")["mu"][0]
     assert last.measured.mu == pytest.approx(arm)
