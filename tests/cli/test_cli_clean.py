@@ -87,7 +87,7 @@ def test_several_runs_are_cut_and_scored_as_one(run: Path, tmp_path: Path, capsy
     assert code == 0, err
     cut = fi.open_runs(pair).clean("validation", top=6)
     assert cut.predicted is not None
-    assert f"μ = {cut.predicted.mu:+.2f}" in out
+    assert f"predicted from 2 recorded runs       μ = {cut.predicted.mu:+.2f}" in out
     kept = json.loads((run / "verified.json").read_text(encoding="utf-8"))
     assert [(entry["k"], entry["predicted"]["mu"]) for entry in kept] == [(6, cut.predicted.mu)]
     (run / "verified.json").unlink()

@@ -14,7 +14,7 @@ from finfluence.errors import InputError
 
 def clean(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directory or fsspec URL; several are averaged.")
+        list[str], typer.Argument(metavar="RUN", help="Run directory or fsspec URL; several are averaged.")
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="New file for the kept rows: .jsonl, .csv or .parquet, as the input.")

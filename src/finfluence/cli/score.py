@@ -57,7 +57,7 @@ def choose_query(run: Recorded, query: str | None) -> str:
 
 def score(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Run directory or fsspec URL; several are averaged.")
+        list[str], typer.Argument(metavar="RUN", help="Run directory or fsspec URL; several are averaged.")
     ],
     query: Annotated[str | None, typer.Option(help="Query to score; may be left out where there is one.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of the sample table to group by.")] = None,

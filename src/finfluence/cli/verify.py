@@ -16,7 +16,7 @@ def verify(
     run: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Directory of a run recorded with a recipe, e.g. by the demo; several predict as one, "
             "and the first is trained again.",
         ),

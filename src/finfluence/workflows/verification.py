@@ -43,6 +43,7 @@ class Verification:
         runs: retrainings an arm so far.
         finished: whether no more retrainings are to come.
         truth: all measurements.
+        recordings: recorded runs that the prediction is of.
     """
 
     query: str
@@ -55,6 +56,7 @@ class Verification:
     runs: int
     finished: bool
     truth: Truth
+    recordings: int = 1
 
     @property
     def agrees(self) -> bool:
@@ -76,10 +78,11 @@ class Verification:
             if needed == float("inf")
             else (f"{needed} {'retraining' if needed == 1 else 'retrainings'}")
         )
-        measured = f"measured by {self.runs} + {self.runs} retrainings"
+        source = "the recorded run" if self.recordings == 1 else f"{self.recordings} recorded runs"
+        predicted, measured = f"predicted from {source}", f"measured by {self.runs} + {self.runs} retrainings"
         return (
             f"influence of {self.size} samples on {self.query!r}\n"
-            f"  {'predicted from the recorded run':<36} μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to "
+            f"  {predicted:<36} μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to "
             f"{p_high:+.2f}\n"
             f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
             f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability "
@@ -245,6 +248,7 @@ def verify(
                 runs=min(frame["runs_with"][0], frame["runs_without"][0]),
                 finished=interim.reached or interim.runs >= runs,
                 truth=interim.truth,
+                recordings=len(asked.runs) if isinstance(asked, PooledRuns) else 1,
             )
             _record(run, state, chosen=ids, digest=digest)
             yield state
