@@ -262,7 +262,7 @@ def test_the_first_sentence_says_what_was_measured(tmp_path: Path) -> None:
     options = fi.ReplayOptions(measure_epochs=(1, 2))
     for name, chosen, said in (
         ("end", None, "as measured on the trained model;"),
-        ("mean", options, "as measured on average over the models after 2 epochs;"),
+        ("mean", options, "as measured on average at 2 moments of the training;"),
     ):
         run = recipe.train(tmp_path / name, sensitivity="replay", replay_options=chosen, show_progress="never")
         assert said in write_report(run, tmp_path / f"{name}.html").read_text(encoding="utf-8")

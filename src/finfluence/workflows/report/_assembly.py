@@ -93,7 +93,7 @@ def _estimate_note(run: Run, meta: dict[str, Any]) -> str:
         "live": "Estimated from live signals: their order is meaningful, their scale is not calibrated",
     }.get(kind, f"Estimated by {kind}")
     if "measured_epochs" in meta:
-        text += f", asked about the mean of the measurements after {len(meta['measured_epochs'])} epochs"
+        text += f", asked about the mean of {len(meta['measured_epochs'])} measurements on the way"
     if "sigma" in meta:
         text += f"; one unit of μ is {float(meta['sigma']):.3g} of the measurement"
     return f"{text}; {meta['condition']}." if "condition" in meta else f"{text}."

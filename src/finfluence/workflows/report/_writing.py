@@ -186,7 +186,7 @@ def _render(
         payload=payload.encode(),
         n_samples=f"{columns.frame.height:,}",
         sign=SIGN_CONVENTION.replace("mu > 0", "μ\u00a0>\u00a00").replace("mu < 0", "μ\u00a0<\u00a00"),
-        measured="on the trained model" if models == 1 else f"on average over the models after {models} epochs",
+        measured="on the trained model" if models == 1 else f"on average at {models} moments of the training",
         queries=queries,
         failed=failed,
         search_hint="words or an id" if columns.texts else "an id",
