@@ -252,7 +252,7 @@ def _facts(run: Run, steps: pl.DataFrame) -> list[tuple[str, str]]:
 
 def _measured(run: Run) -> str | None:
     epochs = run.measured_epochs
-    return None if len(epochs) == 1 else f"the mean after epochs {', '.join(map(str, epochs))}"
+    return None if len(epochs) == 1 else f"the mean after epochs {', '.join(f'{e:.3g}' for e in epochs)}"
 
 
 def _mu(frame: pl.DataFrame) -> np.ndarray:
