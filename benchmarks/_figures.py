@@ -91,7 +91,8 @@ def _measured(alt: Any, rows: list[dict[str, Any]]) -> Any:
         for r in rows
         if (key := (r["measured"], r["signals"])) in shown
     ]
-    y = alt.Y("problem:N", title=None, sort=[p["problem"] for p in points])
+    problems = sorted({p["problem"] for p in points}, key=lambda name: ("CNN" in name, name))
+    y = alt.Y("problem:N", title=None, sort=problems)
     x = alt.X("jaccard:Q", title="Jaccard similarity of the top 10 % over reruns", scale=alt.Scale(domain=[0, 1]))
     colours = [COLOURS["baseline"], COLOURS["finfluence"], "#111111"]
     scale = alt.Scale(domain=list(shown.values()), range=colours)

@@ -109,7 +109,10 @@ class Record:
         if places:
             if part is not None:
                 new = {row[part] for row in made["rows"]}
-                made["rows"] = [row for row in tables[places[0]]["rows"] if row[part] not in new] + made["rows"]
+                earlier = tables[places[0]]
+                if kept := [row for row in earlier["rows"] if row[part] not in new]:
+                    made["rows"] = kept + made["rows"]
+                    made["command"] = f"{earlier.get('command', '')}; then {made['command']}"
             tables[places[0]] = made
         else:
             tables.append(made)

@@ -133,7 +133,7 @@ def _run_all(options: argparse.Namespace) -> None:
     record = Record("poison", options, seeds=seen, merge=options.measured)
     record.content["versions"] |= {name: version(name) for name in _PACKAGES}
     if options.measured:
-        write_detection(record, results, title=MEASURED, only="finfluence replay")
+        write_detection(record, results, title=MEASURED, only=("finfluence replay", "LESS"))
         return
     record.content["settings"] = next(iter(results.values()))[0]["settings"]
     record.content["examples"] = {

@@ -108,7 +108,11 @@ def _precision(score: np.ndarray, planted: np.ndarray) -> float:
 
 
 def write_detection(
-    record: Record, results: Mapping[str, Sequence[Result]], *, title: str = "Finding the planted rows", only: str = ""
+    record: Record,
+    results: Mapping[str, Sequence[Result]],
+    *,
+    title: str = "Finding the planted rows",
+    only: tuple[str, ...] = ("",),
 ) -> None:
     """Adds the table of how well methods find planted rows.
 
@@ -116,7 +120,7 @@ def write_detection(
         record: the record under way.
         results: of every problem, one a seed.
         title: of the table.
-        only: beginning of the names of the methods that it has.
+        only: beginnings of the names of the methods that it has.
     """
     rows = []
     for problem, found in results.items():
@@ -126,7 +130,7 @@ def write_detection(
             pooled = {
                 f"{name}, runs pooled": values.mean(axis=0, keepdims=True)
                 for name, values in scores.items()
-                if name.startswith("finfluence replay") and len(values) > 1
+                if name.startswith(("finfluence replay", "LESS")) and len(values) > 1
             }
             scores = pooled | scores
         rows += [
