@@ -55,6 +55,7 @@ def train(
     """Fine-tune a language model and record which examples move it.
 
     Example: finfluence train recipes/smollm2-135m-lora.yaml --output runs/a --dry-run
+    Another: finfluence train recipes/smollm2-135m-lora.yaml --output runs/lm --seeds 1,2,3
     """
     from finfluence.integrations.models import quiet_loading, require_transformers
 
@@ -72,7 +73,7 @@ def train(
         if own is not None and output is None:
             raise InputError("runs of several seeds need a directory beside this run's; add --output DIR")
         chosen = {
-            f"{directory}/seed-{seed}": configuration.model_copy(
+            f"{directory.rstrip('/')}/seed-{seed}": configuration.model_copy(
                 update={"training": configuration.training.model_copy(update={"seed": seed})}
             )
             for seed in _seeds(seeds)
