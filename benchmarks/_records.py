@@ -112,7 +112,8 @@ class Record:
                 earlier = tables[places[0]]
                 if kept := [row for row in earlier["rows"] if row[part] not in new]:
                     made["rows"] = kept + made["rows"]
-                    made["command"] = f"{earlier.get('command', '')}; then {made['command']}"
+                    before, now = earlier.get("command", ""), made["command"]
+                    made["command"] = before if before.endswith(now) else f"{before}; then {now}"
             tables[places[0]] = made
         else:
             tables.append(made)
