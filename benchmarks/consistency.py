@@ -147,6 +147,14 @@ def peers_of(
     return peer_scores(training, ensemble=ensemble, peers=peers, skip=skip, failures=failures)
 
 
+def twice(problem: Problem, folder: Path, *, run: int, signals: str) -> dict[str, fi.Run]:
+    """One recorded run, asked about the end of training and about its second half."""
+    recorded = record(problem, folder / f"{signals}-{run}", seed=run + 1, start=0, signals=signals)
+    # the second replay takes the place of the first
+    end = fi.open_run(shutil.copytree(recorded.directory, folder / f"{signals}-{run}-end"))
+    return {"the end": end, "second half": of_second_half(problem, recorded, start=0)}
+
+
 def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]:
     """finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs.
 
@@ -165,11 +173,7 @@ def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]
             losses: list[np.ndarray] = []
             for run in range(first, min(first + 5, max(runs, 5 * pools))):
                 for signals in ("batch", "full") if run < runs else ("full",):
-                    place = Path(folder) / f"{signals}-{run}"
-                    recorded = record(problem, place, seed=run + 1, start=0, signals=signals)
-                    # the second replay takes the place of the first
-                    end = fi.open_run(shutil.copytree(recorded.directory, Path(folder) / f"{signals}-{run}-end"))
-                    for what, asked in (("the end", end), ("second half", of_second_half(problem, recorded, start=0))):
+                    for what, asked in twice(problem, Path(folder), run=run, signals=signals).items():
                         if run < runs:
                             add(what, signals, asked)
                         if signals == "full":

@@ -47,7 +47,7 @@ def read_ids(path: Path, run: Recorded) -> list[Any]:
 def choose_query(run: Recorded, query: str | None) -> str:
     """The query that was asked for, or the run's only one."""
     if query is not None:
-        for one in run.runs if isinstance(run, PooledRuns) else (run,):
+        for one in run.runs:
             one.store.check_query(query)
         return query
     if len(run.queries) == 1:

@@ -159,30 +159,13 @@ class PooledRuns:
         return f'<pre style="white-space: pre-wrap">{html.escape(str(self))}</pre>'
 
 
-def pool(
-    runs: Sequence[Run],
-    query: str,
-    *,
-    subsets: Mapping[str, Any] | None = None,
-    groups: str | None = None,
-    level: float = 0.95,
-    alternative: Alternative = "two-sided",
-    correction: Correction = "bh",
-    shifts: Shifts = "kriged",
-    relative: bool = False,
-) -> pl.DataFrame:
+def pool(runs: Sequence[Run], query: str, **options: Any) -> pl.DataFrame:
     """Influence averaged over several runs (seeds) of the same training: `PooledRuns(runs).influence(query, …)`.
 
     Args:
         runs: two or more runs on the same samples, see `PooledRuns`.
-        query: see `PooledRuns.influence`, as all that follows.
-        subsets: ids of each subset by name.
-        groups: column of the sample table to group by.
-        level: of the intervals.
-        alternative: of the p-values.
-        correction: of the q-values.
-        shifts: as in `Run.influence`.
-        relative: adds the column `relative`.
+        query: a query that all of them recorded.
+        **options: of `PooledRuns.influence`.
 
     Returns:
         The columns of `Run.influence`.
@@ -190,16 +173,7 @@ def pool(
     Raises:
         InputError: see `PooledRuns` and `PooledRuns.influence`.
     """
-    return PooledRuns(runs).influence(
-        query,
-        subsets=subsets,
-        groups=groups,
-        level=level,
-        alternative=alternative,
-        correction=correction,
-        shifts=shifts,
-        relative=relative,
-    )
+    return PooledRuns(runs).influence(query, **options)
 
 
 def open_runs(directories: Sequence[str | os.PathLike[str]]) -> Recorded:

@@ -56,6 +56,11 @@ class Run:
         self._tables: dict[tuple[Any, ...], Any] = {}
 
     @property
+    def runs(self) -> tuple[Run, ...]:
+        """The run itself, where `PooledRuns` has several."""
+        return (self,)
+
+    @property
     def sensitivity(self) -> str:
         """ "live", "replay" or "both"."""
         return str(self.manifest.get("sensitivity", "live"))

@@ -15,7 +15,7 @@ import polars as pl
 from torch import nn
 
 from finfluence.errors import FinfluenceWarning, InputError, StoreError
-from finfluence.runs import Plan, PooledRuns, Retraining, Run, Truth, retrain_until
+from finfluence.runs import Plan, Retraining, Run, Truth, retrain_until
 from finfluence.runs.pooling import Recorded
 from finfluence.runs.sources import dataset_hashes
 from finfluence.signals import open_folder
@@ -190,7 +190,7 @@ def verify(
             or data that changed since the run.
         OracleError: retraining cannot be done.
     """
-    asked, run = run, run.runs[0] if isinstance(run, PooledRuns) else run
+    asked, run = run, run.runs[0]
     recipe = recipe or run_recipe(run)
     if isinstance(ids, Cleaning):
         query, ids = query or ids.query, Chosen.of(ids)
@@ -248,7 +248,7 @@ def verify(
                 runs=min(frame["runs_with"][0], frame["runs_without"][0]),
                 finished=interim.reached or interim.runs >= runs,
                 truth=interim.truth,
-                recordings=len(asked.runs) if isinstance(asked, PooledRuns) else 1,
+                recordings=len(asked.runs),
             )
             _record(run, state, chosen=ids, digest=digest)
             yield state
