@@ -114,3 +114,10 @@ def test_what_is_no_two_estimates_of_one_number_is_refused(runs: list[fi.Run], t
     assert fi.PooledRuns([runs[0], other]).queries == []
     with pytest.raises(InputError, match="unknown query"):
         fi.PooledRuns([runs[0], other]).influence("validation")
+
+
+def test_other_groups_under_one_name_are_refused(tmp_path: Path) -> None:
+    tables = [pl.DataFrame({"sample": range(N), "source": [f"s{i % k}" for i in range(N)]}) for k in (2, 3)]
+    pair = [record(tmp_path / str(k), seed=k, samples=table) for k, table in enumerate(tables)]
+    with pytest.raises(InputError, match="has other groups than run 0"):
+        fi.PooledRuns(pair).influence("validation", groups="source")

@@ -118,18 +118,12 @@ class PooledRuns:
             run.influence(query, subsets=subsets, groups=groups, level=level, shifts=shifts, relative=relative)
             for run in self.runs
         ]
+        if query != SELF:  # which has each run's own unit: there is no noise of the measurement in it
+            frames = _in_common_unit(frames)
+        pooled = pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
         warn_of_copies(np.array([frame["mu"].fill_null(np.nan).to_numpy() for frame in frames]))
-        reporting = Reporting(level=level, alternative=alternative, correction=correction)
-        if query == SELF:  # each run's own unit: there is no noise of the measurement in it
-            return pool_frames(frames, reporting=reporting)
-        sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
-        common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
-        scaled = ["mu", "se", *(["relative"] if relative else [])]
-        frames = [
-            attach(frame.with_columns(pl.col(scaled) * (sigma / common)), **metadata(frame))
-            for frame, sigma in zip(frames, sigmas, strict=True)
-        ]
-        pooled = pool_frames(frames, reporting=reporting)
+        if query == SELF:
+            return pooled
         about = metadata(pooled) | {"run": self.directory}
         if relative:
             means = pl.concat(frame.select("sample", "relative") for frame in frames).group_by("sample").mean()
@@ -192,6 +186,19 @@ def open_runs(directories: Sequence[str | os.PathLike[str]]) -> Recorded:
     if not directories:
         raise InputError("no run was given; name at least one run directory")
     return open_run(directories[0]) if len(directories) == 1 else PooledRuns(directories)
+
+
+def _in_common_unit(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
+    """Influence frames in the unit of the root mean square of their noises σ."""
+    sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
+    common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
+    return [
+        attach(
+            frame.with_columns(pl.col([c for c in ("mu", "se", "relative") if c in frame.columns]) * (sigma / common)),
+            **metadata(frame),
+        )
+        for frame, sigma in zip(frames, sigmas, strict=True)
+    ]
 
 
 def check_same_data(runs: Sequence[Run]) -> None:
