@@ -11,6 +11,7 @@ import finfluence as fi
 from finfluence.cli.clean import clean
 from finfluence.cli.main import app, main, register
 from finfluence.workflows.digits import digits
+from finfluence.workflows.removal import verified
 from finfluence.workflows.sources import Source
 
 
@@ -90,6 +91,8 @@ def test_several_runs_are_cut_and_scored_as_one(run: Path, tmp_path: Path, capsy
     assert f"predicted from 2 recorded runs       μ = {cut.predicted.mu:+.2f}" in out
     kept = json.loads((run / "verified.json").read_text(encoding="utf-8"))
     assert [(entry["k"], entry["predicted"]["mu"]) for entry in kept] == [(6, cut.predicted.mu)]
+    assert kept[0]["recordings"] == [Path(name).name for name in pair]  # it is no prediction of the first run alone
+    assert verified(fi.open_run(pair[0])) == []
     (run / "verified.json").unlink()
     for words, message in (
         (("score", *pair, "--estimator", "max"), "averaged with the gaussian estimator"),

@@ -27,12 +27,17 @@ def synthetic_run(
     epochs: int = 3,
     batch: int = 50,
     seed: int = 0,
+    rerun: int = 0,
 ) -> fi.Run:
-    """A finished live run whose signals are random: each sample has its own mean, every visit some noise."""
+    """A finished live run whose signals are random: each sample has its own mean, every visit some noise.
+
+    Reruns of a seed have its samples' means and noise of their own.
+    """
     generator = np.random.default_rng(seed)
     n = samples.height
     ids = samples["sample"].to_numpy() if samples["sample"].dtype.is_integer() else samples["sample"].to_list()
     own = generator.standard_normal((n, len(queries))) * 1e-4
+    generator = np.random.default_rng([seed, rerun]) if rerun else generator
     manifest: dict[str, Any] = {
         "sampler": "shuffled",
         "drop_last": True,
@@ -42,6 +47,7 @@ def synthetic_run(
         "total_steps": epochs * (n // batch),
         "sensitivity": "live",
         "signals": "batch",
+        "seed": rerun,
         "sign_convention": SIGN_CONVENTION,
     }
     id_dtype = "int64" if samples["sample"].dtype.is_integer() else "str"

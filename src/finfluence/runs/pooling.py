@@ -6,6 +6,7 @@ import html
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,21 +115,30 @@ class PooledRuns:
         Raises:
             InputError: a query that a run does not have, or without what `relative` needs.
         """
-        frames = [
-            run.influence(query, subsets=subsets, groups=groups, level=level, shifts=shifts, relative=relative)
-            for run in self.runs
-        ]
-        if query != SELF:  # which has each run's own unit: there is no noise of the measurement in it
-            frames = _in_common_unit(frames)
+        asked = {"subsets": subsets, "groups": groups, "level": level, "shifts": shifts, "relative": relative}
+        frames = self.each(query, **asked)
         pooled = pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
         warn_of_copies(np.array([frame["mu"].fill_null(np.nan).to_numpy() for frame in frames]))
         if query == SELF:
             return pooled
-        about = metadata(pooled) | {"run": self.directory}
+        about = metadata(pooled) | {"run": self.directory, "sigma": metadata(frames[0])["sigma"]}
         if relative:
             means = pl.concat(frame.select("sample", "relative") for frame in frames).group_by("sample").mean()
             pooled = pooled.join(means, on="sample", how="left", maintain_order="left")
         return attach(pooled, **about)
+
+    def each(self, query: str, **options: Any) -> list[pl.DataFrame]:
+        """What every run says by itself, in the unit of all: the root mean square of their noises σ.
+
+        Args:
+            query: as in `influence`; "self" stays in each run's own unit, for there is no noise of the measurement.
+            **options: of `Run.influence`.
+
+        Returns:
+            One influence frame a run.
+        """
+        frames = [run.influence(query, **options) for run in self.runs]
+        return frames if query == SELF else _in_common_unit(frames)
 
     def clean(self, query: str, **options: Any) -> Cleaning:
         """Chooses rows to leave out and predicts what that does; as `Run.clean`."""
@@ -142,6 +152,17 @@ class PooledRuns:
 
         *_, last = verify(self, ids, **options)
         return last
+
+    def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
+        """Writes the runs' report, one HTML file with what they say together and each by itself.
+
+        Args:
+            path: where to; report.html in the folder that holds the runs by default.
+            query: the one to show; all of them by default.
+        """
+        from finfluence.workflows.report import write_report
+
+        return write_report(self, path, query=query)
 
     def __repr__(self) -> str:
         return f"PooledRuns({len(self.runs)} runs: {self.directory}; queries {', '.join(self.queries)})"
@@ -192,10 +213,11 @@ def _in_common_unit(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """Influence frames in the unit of the root mean square of their noises σ."""
     sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
     common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
+    scaled = ("mu", "se", "ci_low", "ci_high", "relative")
     return [
         attach(
-            frame.with_columns(pl.col([c for c in ("mu", "se", "relative") if c in frame.columns]) * (sigma / common)),
-            **metadata(frame),
+            frame.with_columns(pl.col([c for c in scaled if c in frame.columns]) * (sigma / common)),
+            **metadata(frame) | {"sigma": common},
         )
         for frame, sigma in zip(frames, sigmas, strict=True)
     ]

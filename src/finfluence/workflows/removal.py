@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -196,7 +197,7 @@ class RemovalCurve:
 
 
 def removal_curve(
-    run: Run, query: str, *, effect: Effect = "harmful", level: float = 0.95, points: int = 60
+    run: Recorded, query: str, *, effect: Effect = "harmful", level: float = 0.95, points: int = 60
 ) -> RemovalCurve:
     """Predicts what removing the k most harmful rows together does to a query, for growing k.
 
@@ -205,7 +206,7 @@ def removal_curve(
     data take it as a direction and verify.
 
     Args:
-        run: a recorded run.
+        run: a recorded run, or several as one.
         query: one of its queries.
         effect: "harmful" or "supporting".
         level: of the band, at each k by itself.
@@ -233,24 +234,41 @@ def removal_curve(
     return RemovalCurve(query, effect, frame, recommended, expected, measured, caveats(run))
 
 
-def verified(run: Run) -> list[dict[str, Any]]:
-    """What `verify` found about a run so far: the entries of verified.json, oldest first.
+def verified(run: Recorded) -> list[dict[str, Any]]:
+    """What `verify` found about the predictions of a run, or of several as one, so far; oldest first.
+
+    Raises:
+        InputError: the file is not what `verify` writes.
+    """
+    names = recordings(run)
+    return [entry for entry in verified_entries(run.runs[0]) if list(entry.get("recordings", ())) == names]
+
+
+def verified_entries(run: Run) -> list[dict[str, Any]]:
+    """All entries of a run's verified.json; predictions of several runs as one are kept with the first.
 
     Raises:
         InputError: the file is not what `verify` writes.
     """
     try:
         entries = json.loads(open_folder(run.directory).read(VERIFIED_FILE))
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("it is no list of entries")
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise InputError(
             f"{run.directory}/{VERIFIED_FILE} cannot be read ({error}); delete it and verify again"
         ) from None
-    return entries if isinstance(entries, list) else []
+    return entries
 
 
-def measured_points(run: Run, query: str, *, effect: Effect) -> pl.DataFrame:
+def recordings(run: Recorded) -> list[str]:
+    """Names of the runs that a prediction is of, where these are several; empty for a single run."""
+    return [Path(one.directory).name for one in run.runs] if len(run.runs) > 1 else []
+
+
+def measured_points(run: Recorded, query: str, *, effect: Effect) -> pl.DataFrame:
     """The verified points of a removal curve: columns k, mu, se, ci_low, ci_high, by k."""
     rows = [
         {"k": entry["k"]} | {key: entry["measured"][key] for key in _MEASURED if key != "k"}

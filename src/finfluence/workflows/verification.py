@@ -23,7 +23,15 @@ from finfluence.tradeoff import GaussianInfluence
 from finfluence.workflows._cut_files import matching_rows, read_origin, source_of
 from finfluence.workflows.cleaning import Cleaning
 from finfluence.workflows.recipes import Recipe, load_recipe
-from finfluence.workflows.removal import LARGE_CUT, VERIFIED_FILE, Effect, Selection, chance_text, verified
+from finfluence.workflows.removal import (
+    LARGE_CUT,
+    VERIFIED_FILE,
+    Effect,
+    Selection,
+    chance_text,
+    recordings,
+    verified_entries,
+)
 
 ExecutorName = Literal["ensemble", "processes", "ray"]
 
@@ -250,7 +258,7 @@ def verify(
                 truth=interim.truth,
                 recordings=len(asked.runs),
             )
-            _record(run, state, chosen=ids, digest=digest)
+            _record(asked, state, chosen=ids, digest=digest)
             yield state
 
 
@@ -284,8 +292,8 @@ def check_unchanged(run: Run, recipe: Recipe) -> None:
         )
 
 
-def _record(run: Run, state: Verification, *, chosen: Chosen, digest: str) -> None:
-    """Writes what was measured so far into the run's verified.json, one entry a query and subset."""
+def _record(run: Recorded, state: Verification, *, chosen: Chosen, digest: str) -> None:
+    """Writes what was measured so far into the (first) run's verified.json, one entry a query, subset and predictor."""
     low, high = state.measured_interval
     entry = {
         "query": state.query,
@@ -297,11 +305,14 @@ def _record(run: Run, state: Verification, *, chosen: Chosen, digest: str) -> No
         "predicted": {"mu": state.predicted.mu, "se": state.predicted.se},
         "measured": {"mu": state.measured.mu, "se": state.measured.se, "ci_low": low, "ci_high": high},
         "runs": state.runs,
+        "recordings": recordings(run),
     }
-    others = [e for e in verified(run) if (e.get("query"), e.get("ids_hash")) != (state.query, digest)]
+    keys = ("query", "ids_hash", "recordings")
+    first = run.runs[0]
+    others = [e for e in verified_entries(first) if any(e.get(key, []) != entry[key] for key in keys)]
     try:
         text = json.dumps([*others, entry], indent=1, ensure_ascii=False)
-        open_folder(run.directory).write(VERIFIED_FILE, text.encode("utf-8"))
+        open_folder(first.directory).write(VERIFIED_FILE, text.encode("utf-8"))
     except StoreError as error:
         warnings.warn(f"what was verified is not kept with the run: {error}", FinfluenceWarning, stacklevel=2)
 

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from finfluence.errors import FinfluenceError, InputError
 from finfluence.influence import metadata
+from finfluence.runs.pooling import Recorded
 from finfluence.runs.run import Run
 from finfluence.signals import arrays
 from finfluence.tradeoff import GaussianInfluence
 from finfluence.workflows.report import _charts as charts
 from finfluence.workflows.report._columns import category
 from finfluence.workflows.report._packing import Payload, display_decimals, single, units
+from finfluence.workflows.report._several import names_of, pack_each
 
 LEVEL = 0.95
 _CERTAIN = 0.05
@@ -35,7 +37,7 @@ def ends(mu: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 def pack_query(
     payload: Payload,
-    run: Run,
+    run: Recorded,
     query: str,
     *,
     place: int,
@@ -48,7 +50,7 @@ def pack_query(
 
     Args:
         payload: to fill.
-        run: the run.
+        run: the run, or several as one.
         query: name of the query.
         place: its place among the page's queries.
         frame: `run.influence(query)`.
@@ -63,7 +65,7 @@ def pack_query(
     payload.array(f"high:{place}", units(columns["ci_high"], decimals), "int32")
     payload.array(f"q:{place}", single(columns["q_value"], 3), "float32")
     meta = metadata(frame)
-    visits_text = _pack_visits(payload, run, query, place=place, meta=meta, top=top, room=visits)
+    visits_text = _pack_visits(payload, run, query, place=place, top=top, room=visits)
     certain = columns["q_value"] <= _CERTAIN
     groups, groups_note = _groups(run, query, categories)
     payload.json(
@@ -82,11 +84,12 @@ def pack_query(
             "removal": _removal(run, query),
             "verified": _verified(run, query),
             "agreement": _agreement(run, query, frame),
+            "runs": pack_each(payload, run, query, place=place, frame=frame, top=top),
         },
     )
 
 
-def _estimate_note(run: Run, meta: dict[str, Any]) -> str:
+def _estimate_note(run: Recorded, meta: dict[str, Any]) -> str:
     kind = str(meta.get("sensitivity", run.sensitivity))
     text = {
         "replay": "Estimated by replay (the derivative of the whole recorded run)",
@@ -99,21 +102,17 @@ def _estimate_note(run: Run, meta: dict[str, Any]) -> str:
     return f"{text}; {meta['condition']}." if "condition" in meta else f"{text}."
 
 
-def _pack_visits(
-    payload: Payload,
-    run: Run,
-    query: str,
-    *,
-    place: int,
-    meta: dict[str, Any],
-    top: NDArray[np.int64],
-    room: int,
-) -> str:
-    """What each visit of the top samples contributed to μ: −(x_it − x̄_t)/σ, x̄_t the mean of the others in the batch."""
-    signals = arrays(run.store, query)
+def _pack_visits(payload: Payload, run: Recorded, query: str, *, place: int, top: NDArray[np.int64], room: int) -> str:
+    """What each visit of the top samples contributed to μ: −(x_it − x̄_t)/σ, x̄_t the mean of the others in the batch.
+
+    Of several runs, in the first: each has its own order of the samples.
+    """
+    first_run = run.runs[0]
+    meta = metadata(first_run.influence(query))
+    signals = arrays(first_run.store, query)
     steps, first, sizes = np.unique(signals.steps, return_index=True, return_counts=True)
     sums = np.add.reduceat(signals.values.astype(np.float64), first) if len(steps) else np.empty(0)
-    rank = np.full(run.store.samples().select(pl.len()).collect().item(), -1, dtype=np.int64)
+    rank = np.full(first_run.store.samples().select(pl.len()).collect().item(), -1, dtype=np.int64)
     rank[top] = np.arange(len(top))
     picked = np.flatnonzero(rank[signals.codes] >= 0)
     picked = picked[np.argsort(rank[signals.codes[picked]], kind="stable")]
@@ -132,12 +131,16 @@ def _pack_visits(
     payload.array(f"visit-starts:{place}", starts, "uint32")
     payload.array(f"visit-steps:{place}", signals.steps[picked], "uint32")
     payload.array(f"visit-values:{place}", values, "float32")
-    if run.manifest.get("signals") == "full":
-        return "μ itself rests on many more evaluations of every sample (full signals)."
-    return "Bars: single visits; line: their running sum, which ends near μ."
+    if first_run.manifest.get("signals") == "full":
+        text = "μ itself rests on many more evaluations of every sample (full signals)."
+    else:
+        text = "Bars: single visits; line: their running sum, which ends near μ."
+    if len(run.runs) > 1:
+        text += f" In {names_of(run)[0]} alone, in its own unit of noise."
+    return text
 
 
-def _groups(run: Run, query: str, categories: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
     samples = run.samples()
     found: list[dict[str, Any]] = []
     left: list[str] = []
@@ -167,7 +170,7 @@ def _groups(run: Run, query: str, categories: Sequence[str]) -> tuple[list[dict[
     return found, note
 
 
-def _removal(run: Run, query: str) -> dict[str, Any] | None:
+def _removal(run: Recorded, query: str) -> dict[str, Any] | None:
     from finfluence.workflows.removal import LARGE_CUT, large_cut_note, removal_curve
 
     try:
@@ -215,14 +218,15 @@ def _removal(run: Run, query: str) -> dict[str, Any] | None:
     }
 
 
-def _verified(run: Run, query: str) -> dict[str, Any] | None:
+def _verified(run: Recorded, query: str) -> dict[str, Any] | None:
     from finfluence.workflows.removal import VERIFIED_FILE, verified
 
     try:
         rows = [_verified_row(entry) for entry in verified(run) if entry["query"] == query]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{run.directory}/{VERIFIED_FILE} is damaged ({type(error).__name__}: {error}); delete it and verify again"
+            f"{run.runs[0].directory}/{VERIFIED_FILE} is damaged ({type(error).__name__}: {error}); "
+            "delete it and verify again"
         ) from error
     if not rows:
         return None
@@ -264,8 +268,8 @@ def _verified_row(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _agreement(run: Run, query: str, frame: pl.DataFrame) -> dict[str, Any] | None:
-    if run.sensitivity != "both" or not run.store.has("live"):
+def _agreement(run: Recorded, query: str, frame: pl.DataFrame) -> dict[str, Any] | None:
+    if not isinstance(run, Run) or run.sensitivity != "both" or not run.store.has("live"):
         return None
     live = run.influence(query, sensitivity="live")["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
     replay = frame["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()

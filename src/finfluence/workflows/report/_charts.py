@@ -72,6 +72,33 @@ def agreement_chart(live: np.ndarray, replay: np.ndarray) -> dict[str, Any]:
     )
 
 
+def runs_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """μ of some samples in every run, beside what all runs say together.
+
+    Args:
+        rows: sample, mu, low, high, and each: μ by name of the run.
+    """
+    import altair as alt
+
+    points = [{"sample": row["sample"], "run": name, "mu": own} for row in rows for name, own in row["each"].items()]
+    together = alt.Chart(_data([{key: row[key] for key in ("sample", "mu", "low", "high")} for row in rows]))
+    y = alt.Y("sample:N", title=None, sort=None, axis=alt.Axis(labelLimit=140, labelOverlap=False))
+    fill = alt.condition("datum.mu < 0", alt.value(HARM), alt.value(SUPPORT))
+    return _spec(
+        alt.layer(
+            alt.Chart(_data([{"zero": 0}])).mark_rule(color=MUTED).encode(x="zero:Q"),
+            together.mark_rule(color=MUTED, strokeWidth=5, opacity=0.45).encode(
+                alt.X("low:Q", title="μ"), alt.X2("high:Q"), y
+            ),
+            alt.Chart(_data(points))
+            .mark_circle(size=32, opacity=0.9)
+            .encode(alt.X("mu:Q"), y, color=fill, tooltip=_tooltip("sample", "run", mu="μ in this run")),
+        ),
+        "μ of the samples at both ends of the ranking as each run has it, beside the interval of all runs together.",
+        height=60 + 15 * len(rows),
+    )
+
+
 def verified_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Measured against predicted μ of verified subsets, with both intervals and the diagonal.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ Verdict = Literal["fine", "look", "unknown"]
 # Above this relative residual the signals do not add up to the step (float32).
 _RESIDUAL = 1e-3
 _GROWTH = 1e3
+_WORSE: tuple[Verdict, ...] = ("fine", "unknown", "look")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,23 @@ def health_checks(run: Run, steps: pl.DataFrame, adjoints: pl.DataFrame) -> list
             Check("Gradient scale", f"{low:.3g} to {high:.3g}", "fine", "Clipping or loss scaling, found and applied.")
         )
     found.append(_precision(run))
+    return found
+
+
+def combined_checks(checks: Mapping[str, list[Check]]) -> list[Check]:
+    """One line a check for several runs: what each found, and the worst verdict with what it means.
+
+    Args:
+        checks: of every run, by its name.
+    """
+    names = list(dict.fromkeys(check.name for own in checks.values() for check in own))
+    found: list[Check] = []
+    for name in names:
+        own = {run: check for run, those in checks.items() for check in those if check.name == name}
+        worst = max(own.values(), key=lambda check: _WORSE.index(check.verdict))
+        values = {check.value for check in own.values()}
+        value = worst.value if len(values) == 1 else "; ".join(f"{run}: {check.value}" for run, check in own.items())
+        found.append(replace(worst, value=value))
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finfluence.errors import FinfluenceError
-from finfluence.runs.run import Run
+from finfluence.runs.pooling import Recorded
 from finfluence.workflows.report._columns import Cuts, SampleColumns
 from finfluence.workflows.report._packing import Budget, Payload
 
@@ -19,7 +19,7 @@ _FILE_LIMIT = 16_384  # of one encoded image
 
 def pack_images(
     payload: Payload,
-    run: Run,
+    run: Recorded,
     columns: SampleColumns,
     *,
     order: NDArray[np.int64],
@@ -88,7 +88,7 @@ def _note(cuts: Cuts, count: int, total: int) -> None:
         cuts.notes.append(f"{count:,} of {total:,} images have a thumbnail, those of lowest and highest μ first.")
 
 
-def _recipe_images(run: Run) -> tuple[Any, tuple[int, ...] | None]:
+def _recipe_images(run: Recorded) -> tuple[Any, tuple[int, ...] | None]:
     reference = run.manifest.get("recipe")
     if not reference:
         return None, None

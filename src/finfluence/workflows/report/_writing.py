@@ -1,4 +1,4 @@
-"""`write_report`: a run as one HTML file that needs nothing else."""
+"""`write_report`: a run, or several as one, as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import FinfluenceError, InputError
+from finfluence.runs.pooling import Recorded
 from finfluence.runs.run import Run
 from finfluence.signals import open_folder, per_sample
 from finfluence.tradeoff import SIGN_CONVENTION
 from finfluence.workflows.report import _charts as charts
 from finfluence.workflows.report._assembly import ends, pack_query
 from finfluence.workflows.report._columns import Cuts, SampleColumns, pack_samples, sort_columns
-from finfluence.workflows.report._health import health_checks
+from finfluence.workflows.report._health import combined_checks, health_checks
 from finfluence.workflows.report._images import pack_images
 from finfluence.workflows.report._packing import Budget, Payload
+from finfluence.workflows.report._several import names_of
 
 _TOP = 200  # samples at either end of the ranking that are shown with all that is known of them
 _ROW_BYTES = 10  # of one sample and query, deflated
@@ -43,13 +45,15 @@ _SCRIPTS = (
 
 
 def write_report(
-    run: Run, path: str | os.PathLike[str] | None = None, *, query: str | None = None, images: Any = None
+    run: Recorded, path: str | os.PathLike[str] | None = None, *, query: str | None = None, images: Any = None
 ) -> Path:
     """Writes one self-contained HTML page about a run: it works offline, from a file, in light and dark.
 
     Args:
-        run: a recorded run.
-        path: the file to write; `report.html` in the run's directory by default. A report that is there is replaced.
+        run: a recorded run, or several as one (`open_runs`): the page then has what they say together, what each says,
+            and how far they agree.
+        path: the file to write; by default `report.html` in the run's directory, or in the folder that holds the
+            several. A report that is there is replaced.
         query: the query to show; by default all of them, as far as they fit.
         images: thumbnails of the samples: anything that gives an (h, w), (c, h, w) or (h, w, c) array, or a pair of
             one and a label, by position. By default encoded images of the sample table, or the data set of the
@@ -63,7 +67,7 @@ def write_report(
         StoreError: the file cannot be written.
     """
     target = _target(run, path)
-    queries = [run.store.check_query(query)] if query is not None else list(run.queries)
+    queries = list(run.queries) if query is None else [_known(run, query)]
     frames, failed = _estimates(run, queries)
     if not frames:
         raise InputError(f"nothing to show of {run.directory}: {'; '.join(why for _, why in failed)}")
@@ -79,12 +83,28 @@ def write_report(
     return target
 
 
-def _target(run: Run, path: str | os.PathLike[str] | None) -> Path:
+def _known(run: Recorded, query: str) -> str:
+    """The query, which every run must have."""
+    for one in run.runs:
+        one.store.check_query(query)
+    return query
+
+
+def _folder(run: Run) -> Path:
+    folder = str(run.directory)
+    if "://" in folder and not folder.startswith(("file://", "local://")):
+        raise InputError(f"{folder} is not on this machine; say where to write the report")
+    return Path(folder.removeprefix("file://").removeprefix("local://")).expanduser()
+
+
+def _target(run: Recorded, path: str | os.PathLike[str] | None) -> Path:
     if path is None:
-        folder = str(run.directory)
-        if "://" in folder and not folder.startswith(("file://", "local://")):
-            raise InputError(f"{folder} is not on this machine; say where to write the report")
-        path = Path(folder.removeprefix("file://").removeprefix("local://")).expanduser() / "report.html"
+        folders = [_folder(one) for one in run.runs]
+        if len(folders) > 1:
+            folders = [folder.absolute().parent for folder in folders]
+        if len(set(folders)) > 1:
+            raise InputError(f"the runs {run.directory} lie in different folders; say where to write the report")
+        path = folders[0] / "report.html"
     target = Path(path)
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"the report is an HTML page, but the file to write is {target}; give it the ending .html")
@@ -94,7 +114,7 @@ def _target(run: Run, path: str | os.PathLike[str] | None) -> Path:
 
 
 def _page(
-    run: Run, frames: dict[str, pl.DataFrame], failed: list[tuple[str, str]], *, images: Any, budget: Budget
+    run: Recorded, frames: dict[str, pl.DataFrame], failed: list[tuple[str, str]], *, images: Any, budget: Budget
 ) -> str:
     columns, payload, cuts = sort_columns(run.samples()), Payload(), Cuts()
     n = columns.frame.height
@@ -111,10 +131,10 @@ def _page(
     top = _union(list(tops.values()))
     if not top.size:
         raise InputError(f"no sample of {run.directory} has an estimate; record more of the training")
-    columns = pack_samples(payload, columns, top=top, id_dtype=run.store.id_dtype, budget=budget, cuts=cuts)
+    columns = pack_samples(payload, columns, top=top, id_dtype=run.runs[0].store.id_dtype, budget=budget, cuts=cuts)
     order = _union([top, *(ends(_mu(frame), n) for frame in shown.values()), np.arange(n)])
     has_images = pack_images(payload, run, columns, order=order, images=images, budget=budget, cuts=cuts)
-    visits = per_sample(run.store, next(iter(shown)))["visits"].to_numpy().astype(np.float64)
+    visits = per_sample(run.runs[0].store, next(iter(shown)))["visits"].to_numpy().astype(np.float64)
     payload.array("visits", visits / max(1.0, visits.sum()), "float32")
     payload.json("top", top.tolist())
     for place, (name, frame) in enumerate(shown.items()):
@@ -132,7 +152,7 @@ def _page(
     return _render(run, columns, payload, queries=list(shown), failed=failed, cuts=cuts, has_images=has_images)
 
 
-def _estimates(run: Run, wanted: list[str]) -> tuple[dict[str, pl.DataFrame], list[tuple[str, str]]]:
+def _estimates(run: Recorded, wanted: list[str]) -> tuple[dict[str, pl.DataFrame], list[tuple[str, str]]]:
     frames: dict[str, pl.DataFrame] = {}
     failed: list[tuple[str, str]] = []
     for name in wanted:
@@ -145,7 +165,7 @@ def _estimates(run: Run, wanted: list[str]) -> tuple[dict[str, pl.DataFrame], li
 
 
 def _render(
-    run: Run,
+    run: Recorded,
     columns: SampleColumns,
     payload: Payload,
     *,
@@ -157,8 +177,9 @@ def _render(
     import jinja2
     from markupsafe import Markup
 
-    steps, adjoints = run.steps(), run.adjoints()
-    drawn, curves = _run_charts(steps, adjoints, queries[0])
+    first = run.runs[0]
+    steps = first.steps()
+    drawn, curves = _run_charts(steps, first.adjoints(), queries[0], of="" if run is first else names_of(run)[0])
     span = [int(steps["step"].to_numpy().min()), int(steps["step"].to_numpy().max())]
     payload.json("charts", {"signal": charts.signal_chart(*span), "tradeoff": charts.tradeoff_chart()} | drawn)
     payload.json(
@@ -174,11 +195,13 @@ def _render(
     )
     script = f"(() => {{\n'use strict';\n{''.join(_resource(name) for name in _SCRIPTS)}}})();\n"
     vega = _vega()
-    models = len(run.measured_epochs)
+    models = len(first.measured_epochs)
+    trained = "model" if run is first else f"models of {len(run.runs)} runs"
+    checks = {name: health_checks(one, one.steps(), one.adjoints()) for name, one in _named(run)}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     # Scripts run by their hash alone: markup that slipped through the escaping would still not be executed.
     return environment.from_string(_resource("page.html.j2")).render(
-        title=f"Influence report: {Path(str(run.directory)).name}",
+        title=f"Influence report: {', '.join(names_of(run))}",
         script_hashes=Markup(f"{_csp_hash(vega)} {_csp_hash(script)}"),
         css=Markup(_resource("page.css")),
         vega=Markup(vega),
@@ -186,20 +209,25 @@ def _render(
         payload=payload.encode(),
         n_samples=f"{columns.frame.height:,}",
         sign=SIGN_CONVENTION.replace("mu > 0", "μ\u00a0>\u00a00").replace("mu < 0", "μ\u00a0<\u00a00"),
-        measured="on the trained model" if models == 1 else f"on average at {models} moments of the training",
+        measured=f"on the trained {trained}" if models == 1 else f"on average at {models} moments of the training",
+        several=len(run.runs),
         queries=queries,
         failed=failed,
         search_hint="words or an id" if columns.texts else "an id",
-        checks=health_checks(run, steps, adjoints),
+        checks=combined_checks(checks),
         curves=curves,
-        facts=_facts(run, steps),
+        facts=_facts(run),
         cuts=cuts.notes,
         version=packages.version("finfluence"),
     )
 
 
+def _named(run: Recorded) -> list[tuple[str, Run]]:
+    return list(zip(names_of(run), run.runs, strict=True))
+
+
 def _run_charts(
-    steps: pl.DataFrame, adjoints: pl.DataFrame, query: str
+    steps: pl.DataFrame, adjoints: pl.DataFrame, query: str, *, of: str
 ) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     drawn: dict[str, Any] = {}
     curves: list[tuple[str, str, str]] = []
@@ -227,27 +255,34 @@ def _run_charts(
             own, y="norm", title="norm", description=text, log=True, colour=charts.MUTED
         )
         curves.append(("adjoint", "Adjoint of the replay", text))
-    return drawn, curves
+    return drawn, [(name, title, f"{text} Of {of}." if of else text) for name, title, text in curves]
 
 
-def _facts(run: Run, steps: pl.DataFrame) -> list[tuple[str, str]]:
-    known = run.manifest
+def _facts(run: Recorded) -> list[tuple[str, str]]:
+    each = [_facts_of(one) for one in run.runs]
+    terms = list(dict.fromkeys(term for facts in each for term in facts))
+    found = {term: list(dict.fromkeys(facts[term] for facts in each if term in facts)) for term in terms}
+    return [(term, "; ".join(values)) for term, values in found.items()]
+
+
+def _facts_of(run: Run) -> dict[str, str]:
+    known, steps = run.manifest, run.steps()
     optimizer = known.get("optimizer") or {}
     rate = optimizer.get("lr")
-    found = [
-        ("run", str(run.directory)),
-        ("training", f"{steps.height:,} steps in {steps['epoch'].n_unique():,} epochs"),
-        ("batch", f"{known['batch_size']:,} samples" if known.get("batch_size") else None),
-        ("order", known.get("sampler")),
-        ("optimizer", f"{optimizer.get('name')}, lr {rate:g}" if rate is not None else optimizer.get("name")),
-        ("seed", known.get("seed")),
-        ("sensitivity", run.sensitivity),
-        ("signals", known.get("signals")),
-        ("measured", _measured(run)),
-        ("device", (known.get("environment") or {}).get("device")),
-        ("versions", ", ".join(f"{k} {v}" for k, v in (known.get("versions") or {}).items())),
-    ]
-    return [(term, str(value)) for term, value in found if value not in (None, "")]
+    found = {
+        "run": run.directory,
+        "training": f"{steps.height:,} steps in {steps['epoch'].n_unique():,} epochs",
+        "batch": f"{known['batch_size']:,} samples" if known.get("batch_size") else None,
+        "order": known.get("sampler"),
+        "optimizer": f"{optimizer.get('name')}, lr {rate:g}" if rate is not None else optimizer.get("name"),
+        "seed": known.get("seed"),
+        "sensitivity": run.sensitivity,
+        "signals": known.get("signals"),
+        "measured": _measured(run),
+        "device": (known.get("environment") or {}).get("device"),
+        "versions": ", ".join(f"{k} {v}" for k, v in (known.get("versions") or {}).items()),
+    }
+    return {term: str(value) for term, value in found.items() if value not in (None, "")}
 
 
 def _measured(run: Run) -> str | None:

@@ -45,7 +45,9 @@ function chosenPanel(samples, charts) {
     byId("chosen-image").replaceChildren(samples.picture(code, 96) ?? "");
     byId("chosen-body").replaceChildren(...samples.texts(code).map(folded));
     current = { mu: scores.mu[code], low: scores.low(code), high: scores.high(code), q: scores.q[code], decimals: scores.decimals, level: scores.level };
+    const each = scores.eachOf(code);
     facts([
+      ...(each ? [["μ in each run", each.mu.map((mu) => signed(mu, 2)).join(", ")], ["certain in", `${each.certain} of ${each.runs} runs`]] : []),
       ...samples.categories.map((column) => [column.name.replaceAll("_", " "), samples.categoryOf(column, code) || "–"]),
       ...samples.numbers.map((column) => [column.name.replaceAll("_", " "), plain(column.values[code], 3)]),
       ["q-value", plain(current.q, 3)],

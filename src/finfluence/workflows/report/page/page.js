@@ -50,6 +50,11 @@ function start(read) {
     const steps = read(`visit-steps:${place}`);
     const values = read(`visit-values:${place}`);
     const places = new Map(Array.from(rows, (code, at) => [code, at]));
+    // of several runs, what each says of the samples at both ends
+    const each = query.runs && new Map(Array.from(read(`each-rows:${place}`), (code, at) => [code, at]));
+    const eachMu = each && read(`each-mu:${place}`);
+    const eachCertain = each && read(`each-certain:${place}`);
+    const runs = each && each.size ? eachMu.length / each.size : 0;
     let span = 0;
     for (let code = 0; code < mu.length; code += 1) {
       const most = Math.max(Math.abs(end(low)(code)) || 0, Math.abs(end(high)(code)) || 0, Math.abs(mu[code]) || 0);
@@ -57,6 +62,10 @@ function start(read) {
     }
     return {
       ...query, mu, low: end(low), high: end(high), q: read(`q:${place}`), span: span || 1, steps: about.steps,
+      eachOf(code) {
+        const at = each ? each.get(code) : undefined;
+        return at === undefined ? null : { mu: Array.from(eachMu.subarray(at * runs, (at + 1) * runs)), certain: eachCertain[at], runs };
+      },
       visitsOf(code) {
         const at = places.get(code);
         if (at === undefined || starts[at] === starts[at + 1]) return null;
@@ -123,6 +132,7 @@ function start(read) {
     byId("removal-choose").hidden = !cut;
     byId("removal-choose").onclick = () => chooseGroup(cut);
     section("verified", scores.verified);
+    section("runs", scores.runs);
     section("agreement", scores.agreement);
     ranked.show(scores);
   }
