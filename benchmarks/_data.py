@@ -28,6 +28,7 @@ class Problem:
         planted: (n,) bool, the rows that are bad.
         network: see `benchmarks.peers.common.network`.
         query: inputs and labels of the behaviour that the planted rows change, where it is not the validation loss.
+        schedule: of the learning rate.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Problem:
     epochs: int = 20
     batch_size: int = 20
     query: Pair | None = None
+    schedule: fi.Schedule = field(default_factory=fi.Schedule)
 
     @property
     def dataset(self) -> TensorDataset:
@@ -97,24 +99,44 @@ def sources(folders: list[Path], *, samples: int) -> dict[str, tuple[Pair, Pair]
     return found
 
 
-def clean_problem(name: str, data: tuple[Pair, Pair], *, model: str, quick: bool = False) -> Problem:
-    """A problem without bad rows: digits with 20 epochs of batch 20, larger images with 5 of batch 50."""
+def clean_problem(
+    name: str,
+    data: tuple[Pair, Pair],
+    *,
+    model: str,
+    quick: bool = False,
+    settling: bool = False,
+    validation: int = 200,
+) -> Problem:
+    """A problem without bad rows.
+
+    Args:
+        name: of the data.
+        data: training and validation pairs.
+        model: "mlp" or "cnn".
+        quick: a fifth of everything.
+        settling: 20 epochs in which the rate falls linearly from 0.1 to 0; otherwise it is constant, for 20 epochs of
+            digits and 5 of larger images. Batches have 20 and 50 samples.
+        validation: samples of the validation query.
+    """
     (x, y), (u, v) = data
     if quick:
         x, y, u, v = x[:200], y[:200], u[:60], v[:60]
     side = int(x.shape[1] ** 0.5)
     small = side == 8
     network = f"cnn-{side}" if model == "cnn" else ("mlp-64-32-10-tanh" if small else "mlp-784-32-10-tanh")
-    rate = 0.05 if model == "mlp" else 0.1
+    rate = 0.05 if model == "mlp" and not settling else 0.1
+    epochs = 20 if small or settling else 5
     return Problem(
-        name=f"{name}, {model.upper()}",
+        name=f"{name}, {model.upper()}{', rate to 0' if settling else ''}",
         train=(x, y),
-        validation=(u[:200], v[:200]),
+        validation=(u[:validation], v[:validation]),
         planted=np.zeros(len(y), dtype=bool),
         network=network,
         optimizer=fi.SGD(lr=rate),
-        epochs=2 if quick else (20 if small else 5),
+        epochs=2 if quick else epochs,
         batch_size=20 if small else 50,
+        schedule=fi.Schedule("linear" if settling else "constant"),
     )
 
 

@@ -28,7 +28,7 @@ class Training:
 
     Attributes:
         checkpoints: parameters at the end of evenly spaced epochs, the last one included; at most ten.
-        rates: learning rate of each.
+        rates: mean learning rate of the steps that each stands for.
         seed: of the batch order.
         start: seed of the initial parameters.
     """
@@ -54,7 +54,13 @@ class Scores:
 
 
 def plan(problem: Problem, seed: int) -> fi.Plan:
-    return fi.Plan(optimizer=problem.optimizer, epochs=problem.epochs, batch_size=problem.batch_size, seed=seed)
+    return fi.Plan(
+        optimizer=problem.optimizer,
+        epochs=problem.epochs,
+        batch_size=problem.batch_size,
+        seed=seed,
+        schedule=problem.schedule,
+    )
 
 
 def train(problem: Problem, *, seed: int, start: int, most: int = 10) -> Training:
@@ -65,11 +71,16 @@ def train(problem: Problem, *, seed: int, start: int, most: int = 10) -> Trainin
     epochs = np.unique(np.linspace(problem.epochs, 0, most, endpoint=False).round().astype(int))
     wanted = {int(epoch) * per_epoch for epoch in epochs if epoch > 0}
     checkpoints: list[State] = []
+    rates: list[float] = []
+    factors: list[float] = []
     for batch in engine.batches():
         engine.step(batch)
+        factors.append(problem.schedule.factor(batch.step, engine.total_steps))
         if batch.step + 1 in wanted:
             checkpoints.append({name: p.detach().clone() for name, p in model.state_dict().items()})
-    return Training(problem, checkpoints, [problem.optimizer.lr] * len(checkpoints), seed, start)
+            rates.append(problem.optimizer.lr * float(np.mean(factors)))
+            factors = []
+    return Training(problem, checkpoints, rates, seed, start)
 
 
 @contextmanager
@@ -94,6 +105,7 @@ def record(
         epochs=problem.epochs,
         batch_size=problem.batch_size,
         seed=seed,
+        schedule=problem.schedule,
         directory=directory,
         sensitivity="both" if signals == "batch" else "replay",
         signals=signals,  # pyright: ignore[reportArgumentType]

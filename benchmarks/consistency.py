@@ -115,7 +115,7 @@ def collect(problem: Problem, randomness: str, *, runs: int, pools: int, peers: 
                     place = Path(folder) / f"{signals}-{run}"
                     recorded.append(record(problem, place, seed=run + 1, start=start, signals=signals))
                 scores = own_scores(kept["batch"][-1], kept["full"][-1]) | baselines(training)
-                if peers and run < runs:
+                if peers:
                     scores |= peers_of(training, randomness, run, peers=peers, only=only, failures=failures)
                 for method, score in scores.items():
                     members[method].append(score)
@@ -226,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--peers", type=Path, default=None, help="folder of the peers' environments")
     options_parser.add_argument("--only", nargs="*", default=None, help="environments of the peers to run")
     options_parser.add_argument("--samples", type=int, default=1000, help="training samples of an IDX data set")
+    options_parser.add_argument("--validation", type=int, default=1000, help="samples of the validation query")
     options_parser.add_argument("--runs", type=int, default=5, help="runs that are compared")
     options_parser.add_argument(
         "--peer-problems", nargs="*", default=["digits, MLP"], help="where peers run too, under shuffling"
@@ -241,17 +242,20 @@ def main(arguments: list[str] | None = None) -> None:
     failures: dict[str, str] = {}
     means: list[dict[str, Any]] = []
     for name, pair in data.items():
-        for model in ("mlp",) if options.quick else ("mlp", "cnn"):
-            problem = with_noise(
-                clean_problem(name, pair, model=model, quick=options.quick), options.noise, 0.1, seed=0
+        for model, settling in ((m, s) for s in (False, True) for m in ("mlp", "cnn")):
+            if options.quick and (model == "cnn" or settling):
+                continue
+            clean = clean_problem(
+                name, pair, model=model, quick=options.quick, settling=settling, validation=options.validation
             )
+            problem = with_noise(clean, options.noise, 0.1, seed=0)
             if options.problems and problem.name not in options.problems:
                 continue
             if options.measured:
                 means += measured(problem, runs=runs, pools=0 if options.quick else POOLS)
                 record_.table(MEASURED, MEASURED_COLUMNS, means, part="data")
                 continue
-            averaged = name in ("digits", "mnist") and model == "mlp" and not options.quick
+            averaged = name in ("digits", "mnist") and model == "mlp" and not (options.quick or settling)
             rows: list[dict[str, Any]] = []
             for randomness in RANDOMNESS:
                 found, grouped, failed = collect(
@@ -270,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
                     if len(scores) == runs:
                         rows.append(shared | {"use": use, "method": method} | row(scores, problem.planted))
                 for (use, method), scores in sorted(grouped.items()):
-                    if len(scores) < POOLS:  # peers score the first group alone
+                    if len(scores) < POOLS:
                         continue
                     shown = {"use": use, "method": f"{method}, 5 runs averaged"}
                     rows.append(shared | shown | row(scores, problem.planted))
@@ -278,7 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
             bad = "wrong labels" if options.noise == "uniform" else f"{options.noise} bad rows"
             named = problem.name if options.noise == "uniform" else f"{problem.name}, {options.noise}"
             title = f"{named}: {n} samples, {problem.epochs} epochs, {int(problem.planted.sum())} {bad}"
-            record_.table(title, COLUMNS, rows)
+            # with --only, the other peers' rows stay
+            record_.table(title, COLUMNS, rows, part="method" if options.only else None)
     for peer, reason in failures.items():
         record_.note(f"{peer}: {reason}.")
     if options.peers and (absent := missing(options.peers)):

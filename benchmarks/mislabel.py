@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--peers", type=Path, default=None, help="folder of the peers' environments")
     options_parser.add_argument("--peer-seeds", type=int, default=1, help="seeds on which peers run too")
     options_parser.add_argument("--samples", type=int, default=1000, help="training samples of an IDX data set")
+    options_parser.add_argument("--validation", type=int, default=1000, help="samples of the validation query")
     options_parser.add_argument("--seeds", type=int, default=3)
     options_parser.add_argument("--problems", nargs="*", default=["digits, MLP"], help='for example "digits, CNN"')
     options_parser.add_argument("--measured", action="store_true", help="the end against the mean of the second half")
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     failures: dict[str, str] = {}
     for name, pair in sources(options.data, samples=options.samples).items():
         for model in ("mlp", "cnn"):
-            clean = clean_problem(name, pair, model=model, quick=options.quick)
+            clean = clean_problem(name, pair, model=model, quick=options.quick, validation=options.validation)
             if clean.name not in options.problems:
                 continue
             if options.measured:

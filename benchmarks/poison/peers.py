@@ -201,17 +201,20 @@ def weights(queries: Mapping[str, Rows]) -> tuple[Rows, np.ndarray]:
     return largest, found
 
 
-def waiting(found: Mapping[str, Any], folder: Path | None) -> list[Peer]:
+def waiting(found: Mapping[str, Any], folder: Path | None, *, only: Sequence[str] | None = None) -> list[Peer]:
     """Peers that have an environment and no scores yet; what failed before is tried again.
 
     Args:
         found: results of `peer_result` by name.
         folder: of the environments, or None.
+        only: names of the peers to run; all by default.
     """
     return [
         peer
         for peer in PEERS
-        if python_of(folder, peer.environment) is not None and "scores" not in found.get(peer.name, {})
+        if (only is None or peer.name in only)
+        and python_of(folder, peer.environment) is not None
+        and "scores" not in found.get(peer.name, {})
     ]
 
 

@@ -130,7 +130,7 @@ def write_detection(
             pooled = {
                 f"{name}, runs pooled": values.mean(axis=0, keepdims=True)
                 for name, values in scores.items()
-                if name.startswith(("finfluence replay", "LESS")) and len(values) > 1
+                if name.startswith(("finfluence replay", "LESS", "bergson")) and len(values) > 1
             }
             scores = pooled | scores
         rows += [

@@ -137,8 +137,13 @@ def test_the_health_of_a_run_is_read_from_its_tables(tmp_path: Path) -> None:
         )
         return {check.name: check for check in recorded_health(run)}
 
-    both = record("both", sensitivity="both")
+    both = record("both", sensitivity="both", schedule=fi.Schedule("linear"))
     assert {check.verdict for check in both.values()} == {"safe"}
     assert set(both) >= {"status", "recorded residual", "finite signals", "last batch", "replay mismatch", "adjoint"}
+    constant = record("constant", sensitivity="replay")["end of training"]
+    assert (constant.verdict, both["end of training"].verdict) == ("caution", "safe")
+    assert "100% of the largest" in constant.finding
+    mean = record("mean", sensitivity="replay", replay_options=fi.ReplayOptions(measure_epochs=(0.5, 1)))
+    assert "end of training" not in mean
     live = record("live", sensitivity="live")
     assert live["calibration"].verdict == "caution"

@@ -14,6 +14,8 @@ from finfluence.workflows.doctor import Check
 
 _LIMIT, _LOW_PRECISION_LIMIT = 1e-3, 2e-2
 _ROUNDING_MISMATCH = 1e-5
+# Share of the largest learning rate above which the last steps still move a model about.
+_RESTLESS = 0.25
 
 
 def recorded_health(run: Run) -> Iterator[Check]:
@@ -65,7 +67,25 @@ def recorded_health(run: Run) -> Iterator[Check]:
             if share > REMAINDER_SHARE
             else "",
         )
+    yield from _rest(run, steps)
     yield from _replay(run)
+
+
+def _rest(run: Run, steps: pl.DataFrame) -> Iterator[Check]:
+    """Whether the training came to rest where the replay measures: else other batch orders end elsewhere."""
+    rates = steps.sort("step")["learning_rate"].drop_nulls()
+    if run.sensitivity == "live" or len(run.measured_epochs) > 1 or not len(rates) or not rates.max():
+        return
+    last = float(rates[-1]) / float(rates.max())  # pyright: ignore[reportArgumentType]
+    yield Check(
+        "end of training",
+        "caution" if last > _RESTLESS else "safe",
+        f"the last step's learning rate is {last:.0%} of the largest",
+        "the end jitters with the batch order, and so do the most harmful rows: let the rate fall to zero, or ask "
+        'about the mean of the second half (measure_epochs="second-half")'
+        if last > _RESTLESS
+        else "",
+    )
 
 
 def _status(run: Run) -> Check:
