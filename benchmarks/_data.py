@@ -95,6 +95,7 @@ def sources(folders: list[Path], *, samples: int) -> dict[str, tuple[Pair, Pair]
         (x, y), (u, v) = idx(folder, "train"), idx(folder, "t10k")
         rows = np.random.default_rng(0).choice(len(y), samples, replace=False)
         rest = np.random.default_rng(1).choice(len(v), 1000, replace=False)
+        rest = np.concatenate([rest, np.setdiff1d(np.arange(len(v)), rest)])
         found[folder.name] = ((x[rows], y[rows]), (u[rest], v[rest]))
     return found
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ LEFT_OUT = (
     "traker TRAK, 1 model",
 )
 POOLS = 3  # groups of five runs that are averaged and compared with each other
+VALIDATION = 1000  # samples of the query
 RANDOMNESS = ("shuffling", "shuffling + initialisation")
 COLUMNS = {
     "data": "data, network",
@@ -158,10 +160,8 @@ def twice(problem: Problem, folder: Path, *, run: int, signals: str) -> dict[str
 def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]:
     """finfluence's figures for what is measured at the end, and as a mean over the second half of the epochs.
 
-    Of `runs` runs, and of `pools` groups of five runs averaged (full signals). Beside them the loss averaged over
-    checkpoints, the most consistent of what costs nothing.
+    Of `runs` runs, and of `pools` groups of five runs averaged (full signals).
     """
-    loss = "loss, mean over checkpoints"
     found: dict[tuple[str, str], list[Scores]] = defaultdict(list)
 
     def add(what: str, signals: str, asked: Any) -> None:
@@ -170,7 +170,6 @@ def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]
     for first in range(0, max(runs, 5 * pools), 5):
         with tempfile.TemporaryDirectory() as folder:
             kept: dict[str, list[fi.Run]] = defaultdict(list)
-            losses: list[np.ndarray] = []
             for run in range(first, min(first + 5, max(runs, 5 * pools))):
                 for signals in ("batch", "full") if run < runs else ("full",):
                     for what, asked in twice(problem, Path(folder), run=run, signals=signals).items():
@@ -178,13 +177,29 @@ def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]
                             add(what, signals, asked)
                         if signals == "full":
                             kept[what].append(asked)
-                losses.append(baselines(train(problem, seed=run + 1, start=0))["self", loss].value)
-                if run < runs:
-                    found["checkpoints", loss].append(Scores(losses[-1]))
             if first < 5 * pools:
-                found["checkpoints", f"{loss}, 5 runs averaged"].append(Scores(np.mean(losses, axis=0)))
                 for what, members in kept.items():
                     add(what, "full, 5 runs averaged", fi.PooledRuns(members))
+    return _measured_rows(problem, found)
+
+
+def measured_losses(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]:
+    """The losses' figures for the same runs: the most consistent of what costs nothing."""
+    found: dict[tuple[str, str], list[Scores]] = defaultdict(list)
+    losses: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for run in range(max(runs, 5 * pools)):
+        for (use, name), scores in baselines(train(problem, seed=run + 1, start=0)).items():
+            if use == "self":
+                losses["loss", name.removeprefix("loss, ")].append(scores.value)
+    for (name, what), values in losses.items():
+        found[what, name] = [Scores(value) for value in values[:runs]]
+        groups = [values[5 * k : 5 * k + 5] for k in range(pools)]
+        if groups:
+            found[what, f"{name}, 5 runs averaged"] = [Scores(np.mean(group, axis=0)) for group in groups]
+    return _measured_rows(problem, found)
+
+
+def _measured_rows(problem: Problem, found: dict[tuple[str, str], list[Scores]]) -> list[dict[str, Any]]:
     rows = []
     for (what, signals), scores in found.items():
         precision = [detection(s.value, problem.planted) for s in scores]
@@ -226,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser.add_argument("--peers", type=Path, default=None, help="folder of the peers' environments")
     options_parser.add_argument("--only", nargs="*", default=None, help="environments of the peers to run")
     options_parser.add_argument("--samples", type=int, default=1000, help="training samples of an IDX data set")
-    options_parser.add_argument("--validation", type=int, default=1000, help="samples of the validation query")
+    options_parser.add_argument("--validation", type=int, default=VALIDATION, help="samples of the validation query")
     options_parser.add_argument("--runs", type=int, default=5, help="runs that are compared")
     options_parser.add_argument(
         "--peer-problems", nargs="*", default=["digits, MLP"], help="where peers run too, under shuffling"
@@ -251,8 +266,13 @@ def main(arguments: list[str] | None = None) -> None:
             problem = with_noise(clean, options.noise, 0.1, seed=0)
             if options.problems and problem.name not in options.problems:
                 continue
+            with_peers = options.peers if problem.name in options.peer_problems else None
+            if options.validation != VALIDATION:
+                problem = replace(problem, name=f"{problem.name}, {options.validation:,} validation samples")
             if options.measured:
-                means += measured(problem, runs=runs, pools=0 if options.quick else POOLS)
+                pools = 0 if options.quick else POOLS
+                means += measured(problem, runs=runs, pools=pools)
+                means += measured_losses(problem, runs=runs, pools=pools)
                 record_.table(MEASURED, MEASURED_COLUMNS, means, part="data")
                 continue
             averaged = name in ("digits", "mnist") and model == "mlp" and not (options.quick or settling)
@@ -263,9 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
                     randomness,
                     runs=runs,
                     pools=POOLS if averaged and randomness == RANDOMNESS[0] else 0,
-                    peers=options.peers
-                    if problem.name in options.peer_problems and randomness == RANDOMNESS[0]
-                    else None,
+                    peers=with_peers if randomness == RANDOMNESS[0] else None,
                     only=options.only,
                 )
                 failures |= failed

@@ -19,6 +19,19 @@ from finfluence.tradeoff import SIGN_CONVENTION
 _KINDS = {"float32": "f4", "int32": "i4", "uint32": "u4", "uint16": "u2", "uint8": "u1"}
 
 
+# What `verify` writes about a cut of five rows.
+VERIFIED: dict[str, Any] = {
+    "query": "validation",
+    "name": "cut",
+    "size": 5,
+    "ids_hash": "0",
+    "k": 5,
+    "predicted": {"mu": -2.0, "se": 0.5},
+    "measured": {"mu": -1.8, "se": 0.2, "ci_low": -2.2, "ci_high": -1.4},
+    "runs": 32,
+}
+
+
 def synthetic_run(
     directory: Path,
     samples: pl.DataFrame,

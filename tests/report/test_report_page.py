@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from report_runs import png, prose, synthetic_run
+from report_runs import VERIFIED, png, prose, synthetic_run
 from scipy.special import ndtr, ndtri
 
 import finfluence as fi
@@ -41,11 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> fi.Run:
     )
     directory = tmp_path_factory.mktemp("page") / "<i>run"
     run = synthetic_run(directory, samples, queries=("a", QUERY), batch=20, epochs=4)
-    entry = {"query": "a", "name": "<u>cut</u>", "size": 5, "ids_hash": "0", "k": 5, "runs": 8}
-    entry |= {
-        "predicted": {"mu": -2.0, "se": 0.5},
-        "measured": {"mu": -1.8, "se": 0.2, "ci_low": -2.2, "ci_high": -1.4},
-    }
+    entry = VERIFIED | {"query": "a", "name": "<u>cut</u>", "runs": 8}
     (Path(run.directory) / "verified.json").write_text(json.dumps([entry]))
     return run
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
-from report_runs import payload_of, prose, synthetic_run
+from report_runs import VERIFIED, payload_of, prose, synthetic_run
 from typer.testing import CliRunner
 
 import finfluence as fi
@@ -91,16 +91,7 @@ def test_runs_that_lie_apart_must_say_where(pooled: fi.PooledRuns, tmp_path: Pat
 
 def test_verified_predictions_of_a_pool_are_not_those_of_its_first_run(pooled: fi.PooledRuns, tmp_path: Path) -> None:
     first = pooled.runs[0]
-    entry: dict[str, Any] = {
-        "query": "a",
-        "name": "cut",
-        "size": 5,
-        "ids_hash": "0",
-        "k": 5,
-        "predicted": {"mu": -2.0, "se": 0.5},
-        "measured": {"mu": -1.8, "se": 0.2, "ci_low": -2.2, "ci_high": -1.4},
-        "runs": 32,
-    }
+    entry = VERIFIED | {"query": "a"}
     of_pool = entry | {"name": "cut of three", "recordings": ["seed-1", "seed-2", "seed-3"]}
     target = Path(first.directory) / "verified.json"
     target.write_text(json.dumps([entry, of_pool]), encoding="utf-8")

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 import typer
-from report_runs import payload_of, png, prose, synthetic_run
+from report_runs import VERIFIED, payload_of, png, prose, synthetic_run
 from torch import nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
@@ -296,16 +296,7 @@ def test_a_diverged_query_does_not_cost_the_others(
 
 def test_verified_subsets_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", pl.DataFrame({"sample": np.arange(60)}), batch=20)
-    entry = {
-        "query": "validation",
-        "name": "<flagged>",
-        "size": 5,
-        "ids_hash": "0",
-        "k": 5,
-        "predicted": {"mu": -2.0, "se": 0.5},
-        "measured": {"mu": -1.8, "se": 0.2, "ci_low": -2.2, "ci_high": -1.4},
-        "runs": 32,
-    }
+    entry = VERIFIED | {"name": "<flagged>"}
     target = tmp_path / "run" / "verified.json"
     target.write_text(json.dumps([entry, entry | {"query": "another"}]))
     payload = payload_of(write_report(run).read_text(encoding="utf-8"))
