@@ -80,10 +80,11 @@ def consistency(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measured(alt: Any, rows: list[dict[str, Any]]) -> Any:
-    """The end of training, the mean of its second half and five runs of that as dots on a line, for each problem."""
+    """The end of training, the mean of its second half and five runs of each as dots on a line, for each problem."""
     shown = {
         ("the end", "full"): "the end",
         ("second half", "full"): "second half",
+        ("the end", "full, 5 runs averaged"): "the end, 5 runs",
         ("second half", "full, 5 runs averaged"): "second half, 5 runs",
     }
     points = [
@@ -91,10 +92,10 @@ def _measured(alt: Any, rows: list[dict[str, Any]]) -> Any:
         for r in rows
         if (key := (r["measured"], r["signals"])) in shown
     ]
-    problems = sorted({p["problem"] for p in points}, key=lambda name: ("CNN" in name, name))
+    problems = sorted({p["problem"] for p in points}, key=lambda name: ("rate to 0" in name, "CNN" in name, name))
     y = alt.Y("problem:N", title=None, sort=problems)
     x = alt.X("jaccard:Q", title="Jaccard similarity of the top 10 % over reruns", scale=alt.Scale(domain=[0, 1]))
-    colours = [COLOURS["baseline"], COLOURS["finfluence"], "#111111"]
+    colours = [COLOURS["baseline"], "#66b2e8", "#111111", COLOURS["finfluence"]]
     scale = alt.Scale(domain=list(shown.values()), range=colours)
     base = alt.Chart(alt.Data(values=points))
     dots = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=alt.Color("measured:N", scale=scale))

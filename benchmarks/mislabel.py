@@ -20,6 +20,7 @@ bad rows:
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 
 from benchmarks._data import Problem, clean_problem, sources, with_noise
 from benchmarks._methods import QUERY, Scores, baselines, harmful, of_second_half, own_scores, recorded, train
-from benchmarks._peers import NOT_COMPARED, missing, peer_scores
+from benchmarks._peers import NOT_COMPARED, PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
 from finfluence.influence import detection
 
@@ -44,6 +45,7 @@ CASES = (
     ("shifted", 0.1),
     ("backdoor", 0.05),
 )
+VALIDATION = 200  # samples of the query
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 COLUMNS = {
     "use": "use",
@@ -137,9 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders with IDX files")
     options_parser.add_argument("--peers", type=Path, default=None, help="folder of the peers' environments")
+    options_parser.add_argument("--only", nargs="*", default=None, help="environments of the peers to run")
     options_parser.add_argument("--peer-seeds", type=int, default=1, help="seeds on which peers run too")
     options_parser.add_argument("--samples", type=int, default=1000, help="training samples of an IDX data set")
-    options_parser.add_argument("--validation", type=int, default=1000, help="samples of the validation query")
+    options_parser.add_argument("--validation", type=int, default=VALIDATION, help="samples of the validation query")
     options_parser.add_argument("--seeds", type=int, default=3)
     options_parser.add_argument("--problems", nargs="*", default=["digits, MLP"], help='for example "digits, CNN"')
     options_parser.add_argument("--measured", action="store_true", help="the end against the mean of the second half")
@@ -155,6 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
             clean = clean_problem(name, pair, model=model, quick=options.quick, validation=options.validation)
             if clean.name not in options.problems:
                 continue
+            if options.validation != VALIDATION:
+                clean = replace(clean, name=f"{clean.name}, {options.validation:,} validation samples")
             if options.measured:
                 compare_measured(made, clean, seeds=options.seeds, noises=options.noises)
                 continue
@@ -166,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
                     problem = with_noise(clean, kind, share, seed=seed)
                     peers = options.peers if seed <= options.peer_seeds else None
                     skip = LEFT_OUT if (kind, share) == CASES[0] else (*LEFT_OUT, *FIRST_CASE_ONLY)
+                    skip += tuple(p.name for p in PEERS if options.only and p.environment not in options.only)
                     for key, score in scores_of(problem, seed, peers=peers, skip=skip, failures=failures).items():
                         found[key].append(measured(score, problem.planted))
                 rows = [summary(use, method, results) for (use, method), results in found.items()]
