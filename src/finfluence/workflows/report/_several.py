@@ -16,7 +16,6 @@ from finfluence.workflows.report._packing import Payload
 
 CERTAIN = 0.05
 _DRAWN = 12  # samples at either end of the ranking that the chart shows
-_LABEL = 24  # characters of an id in it
 
 
 def names_of(run: Recorded) -> list[str]:
@@ -79,7 +78,7 @@ def _section(run: PooledRuns, query: str, *, mu: NDArray[np.float64], frame: pl.
     ends = order if len(order) <= 2 * _DRAWN else np.concatenate([order[:_DRAWN], order[-_DRAWN:]])
     rows = [
         {
-            "sample": _label(frame["sample"][int(code)]),
+            "sample": str(frame["sample"][int(code)]),
             "mu": float(pooled[code]),
             "low": float(frame["ci_low"][int(code)]),
             "high": float(frame["ci_high"][int(code)]),
@@ -95,8 +94,3 @@ def _section(run: PooledRuns, query: str, *, mu: NDArray[np.float64], frame: pl.
         "titles": ["figure", "of", "value", "meaning"],
         "table": [[m, s, "–" if value is None else f"{value:.2f}", meaning] for m, s, value, meaning in figures],
     }
-
-
-def _label(sample: object) -> str:
-    text = str(sample)
-    return text if len(text) <= _LABEL else f"{text[: _LABEL - 1]}…"
