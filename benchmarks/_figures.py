@@ -73,7 +73,7 @@ def consistency(alt: Any, tables: list[dict[str, Any]]) -> dict[str, Any]:
             if r["randomness"] == "shuffling"
             for v, low, high in [r["jaccard_10"]]
         ]
-        stem = problem.lower().replace(", ", "-").replace(" ", "-")
+        stem = problem.lower().replace(", ", "-").replace(",", "").replace(" ", "-")
         title = "Jaccard similarity of the top 10 % over reruns, 95 % interval"
         made[f"consistency-{stem}"] = _dots(alt, rows, value="value", title=title).properties(title=problem)
     return made
