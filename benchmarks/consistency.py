@@ -2,13 +2,15 @@
 
     python -m benchmarks consistency --data DATA/mnist DATA/fashion-mnist --peers PEERS
 
-10 % of the labels are wrong (uniform flips). Every training is repeated with other batch orders ("shuffling"), and with
-other batch orders and initial parameters ("shuffling + initialisation"). Each method scores every sample in every
-run; the table has the mean pairwise Jaccard similarity of the top 1, 5 and 10 % and of what the method flags, with
-jackknife intervals over runs, and the joint figure: the share of the wrong labels that *every* run puts in its top
-10 %, or flags. "5 runs averaged" compares disjoint groups of five runs with each other. With --measured, one table
-compares the end of training with the mean of what is measured after each epoch of its second half, and nothing else is
-run. Two uses are kept apart: influence on the validation loss ("query"), and what a sample does to itself ("self").
+10 % of the labels are wrong (uniform flips). Networks are trained at a constant rate, or, "rate to 0", with one that
+falls linearly to zero; the query is the loss of --validation samples. Every training is repeated with other batch
+orders ("shuffling"), and with other batch orders and initial parameters ("shuffling + initialisation"). Each method
+scores every sample in every run; the table has the mean pairwise Jaccard similarity of the top 1, 5 and 10 % and of
+what the method flags, with jackknife intervals over runs, and the joint figure: the share of the wrong labels that
+*every* run puts in its top 10 %, or flags. "5 runs averaged" compares disjoint groups of five runs with each other.
+With --measured, one table compares the end of training with the mean of what is measured after each epoch of its
+second half, and nothing else is run. Two uses are kept apart: influence on the validation loss ("query"), and what a
+sample does to itself ("self").
 
 Published, of the most influential samples on MNIST with an MLP over reruns (f-INE, arXiv 2510.10510): f-INE 0.938,
 TRAK 0.736, influence functions 0.567, TracIn 0.564.
