@@ -141,6 +141,13 @@ def clean_problem(
     )
 
 
+def named_by_query(problem: Problem, validation: int, *, usual: int) -> Problem:
+    """The problem, with the number of validation samples in its name where that is not the usual one."""
+    if validation == usual:
+        return problem
+    return replace(problem, name=f"{problem.name}, {validation:,} validation samples")
+
+
 def with_noise(problem: Problem, kind: str, share: float, *, seed: int) -> Problem:
     """Plants bad rows of a kind.
 

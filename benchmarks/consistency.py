@@ -21,7 +21,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 import finfluence as fi
-from benchmarks._data import NOISES, Problem, clean_problem, sources, with_noise
+from benchmarks._data import NOISES, Problem, clean_problem, named_by_query, sources, with_noise
 from benchmarks._methods import (
     QUERY,
     Scores,
@@ -188,16 +187,16 @@ def measured(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]
 def measured_losses(problem: Problem, *, runs: int, pools: int) -> list[dict[str, Any]]:
     """The losses' figures for the same runs: the most consistent of what costs nothing."""
     found: dict[tuple[str, str], list[Scores]] = defaultdict(list)
-    losses: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    losses: dict[str, list[np.ndarray]] = defaultdict(list)
     for run in range(max(runs, 5 * pools)):
         for (use, name), scores in baselines(train(problem, seed=run + 1, start=0)).items():
             if use == "self":
-                losses["loss", name.removeprefix("loss, ")].append(scores.value)
-    for (name, what), values in losses.items():
-        found[what, name] = [Scores(value) for value in values[:runs]]
+                losses[name.removeprefix("loss, ")].append(scores.value)
+    for what, values in losses.items():
+        found[what, "loss"] = [Scores(value) for value in values[:runs]]
         groups = [values[5 * k : 5 * k + 5] for k in range(pools)]
         if groups:
-            found[what, f"{name}, 5 runs averaged"] = [Scores(np.mean(group, axis=0)) for group in groups]
+            found[what, "loss, 5 runs averaged"] = [Scores(np.mean(group, axis=0)) for group in groups]
     return _measured_rows(problem, found)
 
 
@@ -269,8 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
             if options.problems and problem.name not in options.problems:
                 continue
             with_peers = options.peers if problem.name in options.peer_problems else None
-            if options.validation != VALIDATION:
-                problem = replace(problem, name=f"{problem.name}, {options.validation:,} validation samples")
+            problem = named_by_query(problem, options.validation, usual=VALIDATION)
             if options.measured:
                 pools = 0 if options.quick else POOLS
                 means += measured(problem, runs=runs, pools=pools)

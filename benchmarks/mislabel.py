@@ -20,14 +20,13 @@ bad rows:
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks._data import Problem, clean_problem, sources, with_noise
+from benchmarks._data import Problem, clean_problem, named_by_query, sources, with_noise
 from benchmarks._methods import QUERY, Scores, baselines, harmful, of_second_half, own_scores, recorded, train
 from benchmarks._peers import NOT_COMPARED, PEERS, missing, peer_scores
 from benchmarks._records import Record, parser
@@ -158,8 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             clean = clean_problem(name, pair, model=model, quick=options.quick, validation=options.validation)
             if clean.name not in options.problems:
                 continue
-            if options.validation != VALIDATION:
-                clean = replace(clean, name=f"{clean.name}, {options.validation:,} validation samples")
+            clean = named_by_query(clean, options.validation, usual=VALIDATION)
             if options.measured:
                 compare_measured(made, clean, seeds=options.seeds, noises=options.noises)
                 continue

@@ -11,7 +11,7 @@ import typer
 
 from finfluence.cli._output import Format, print_table, write_frame
 from finfluence.errors import InputError
-from finfluence.runs.pooling import PooledRuns, Recorded, open_runs
+from finfluence.runs.pooling import PooledRuns, Recorded, check_query, open_runs
 from finfluence.runs.run import RunEstimator
 from finfluence.tradeoff import SIGN_CONVENTION
 
@@ -47,9 +47,7 @@ def read_ids(path: Path, run: Recorded) -> list[Any]:
 def choose_query(run: Recorded, query: str | None) -> str:
     """The query that was asked for, or the run's only one."""
     if query is not None:
-        for one in run.runs:
-            one.store.check_query(query)
-        return query
+        return check_query(run, query)
     if len(run.queries) == 1:
         return run.queries[0]
     raise InputError(f"the run has several queries; choose one with --query: {', '.join(run.queries)}")

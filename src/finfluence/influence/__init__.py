@@ -26,7 +26,7 @@ from finfluence.influence.noise import (
     successive_noise,
     with_replacement_noise,
 )
-from finfluence.influence.pooling import pool, pool_estimates
+from finfluence.influence.pooling import aligned, pool, pool_estimates
 from finfluence.influence.relative import relative_influence, squared_lengths
 from finfluence.influence.self_influence import self_influence
 from finfluence.influence.shift import (
@@ -77,6 +77,7 @@ __all__ = [
     "Subsets",
     "TwoStage",
     "agreement",
+    "aligned",
     "attach",
     "ceiling",
     "coverage",

@@ -48,6 +48,24 @@ def pool_estimates(mu: ArrayLike, se: ArrayLike) -> tuple[Floats, Floats, Floats
     return mus.mean(axis=0), np.sqrt(np.maximum(seen, within) / runs), dof
 
 
+def aligned(frames: Sequence[pl.DataFrame], *columns: str, on: str) -> tuple[Floats, ...]:
+    """Columns of influence frames with the same rows, in the order of the first frame's rows.
+
+    Args:
+        frames: of R runs.
+        *columns: numeric columns of all of them.
+        on: the column that names the rows.
+
+    Returns:
+        One (R, rows) array a column; NaN where a value is missing.
+    """
+    rows = frames[0].select(on)
+    ordered = [rows.join(frame, on=on, how="left", maintain_order="left", nulls_equal=True) for frame in frames]
+    return tuple(
+        np.array([frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for frame in ordered]) for name in columns
+    )
+
+
 def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) -> pl.DataFrame:
     """Pool influence frames of several runs into one with the same columns.
 
@@ -69,7 +87,6 @@ def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) 
         raise InputError(
             f"the columns {', '.join(first.columns)} are not an influence frame's; pass what influence() returned"
         )
-    mus, errors = [], []
     for number, frame in enumerate(frames):
         if frame.columns != first.columns:
             raise InputError(
@@ -79,14 +96,11 @@ def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) 
             raise InputError(
                 f"run {number} repeats {key}s or has them in another type than run 0; pool the same {key}s"
             )
-        aligned = first.select(key).join(frame, on=key, how="left", maintain_order="left", nulls_equal=True)
         if set(frame[key].to_list()) != set(first[key].to_list()):
             raise InputError(f"run {number} has other {key}s than run 0; pool frames with the same {key}s")
-        if "size" in first.columns and (aligned["size"] != first["size"]).any():
+        if "size" in first.columns and np.ptp(aligned([first, frame], "size", on=key)[0], axis=0).any():
             raise InputError(f"run {number} has {key}s of other sizes than run 0; pool the same {key}s")
-        mus.append(aligned["mu"].fill_null(np.nan).to_numpy())
-        errors.append(aligned["se"].fill_null(np.nan).to_numpy())
-    mu, se, dof = pool_estimates(np.array(mus), np.array(errors))
+    mu, se, dof = pool_estimates(*aligned(frames, "mu", "se", on=key))
     keys = [name for name in first.columns if name in (key, "size")]
     frame = pl.DataFrame({**{name: first[name] for name in keys}, **report(mu, se, reporting=reporting, dof=dof)})
     known = {name: value for name, value in metadata(first).items() if name not in ("sign", "sigma", "noise_note")}

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import FinfluenceWarning, InputError
-from finfluence.influence import Alternative, Correction, Reporting, attach, metadata
+from finfluence.influence import Alternative, Correction, Reporting, aligned, attach, metadata
 from finfluence.influence import pool as pool_frames
 from finfluence.runs.estimates import Shifts
 from finfluence.runs.run import Run, open_run
@@ -118,7 +118,7 @@ class PooledRuns:
         asked = {"subsets": subsets, "groups": groups, "level": level, "shifts": shifts, "relative": relative}
         frames = self.each(query, **asked)
         pooled = pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
-        warn_of_copies(np.array([frame["mu"].fill_null(np.nan).to_numpy() for frame in frames]))
+        warn_of_copies(*aligned(frames, "mu", on=pooled.columns[0]))
         if query == SELF:
             return pooled
         about = metadata(pooled) | {"run": self.directory, "sigma": metadata(frames[0])["sigma"]}
@@ -209,6 +209,17 @@ def open_runs(directories: Sequence[str | os.PathLike[str]]) -> Recorded:
     return open_run(directories[0]) if len(directories) == 1 else PooledRuns(directories)
 
 
+def check_query(run: Recorded, query: str) -> str:
+    """The query, which every run must have recorded.
+
+    Raises:
+        InputError: a run did not.
+    """
+    for one in run.runs:
+        one.store.check_query(query)
+    return query
+
+
 def _in_common_unit(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """Influence frames in the unit of the root mean square of their noises σ."""
     sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
@@ -272,4 +283,4 @@ def _epochs(run: Run) -> str:
 
 Recorded = Run | PooledRuns
 
-__all__ = ["PooledRuns", "Recorded", "check_same_data", "open_runs", "pool", "warn_of_copies"]
+__all__ = ["PooledRuns", "Recorded", "check_query", "check_same_data", "open_runs", "pool", "warn_of_copies"]

@@ -56,6 +56,11 @@ class Run:
         self._tables: dict[tuple[Any, ...], Any] = {}
 
     @property
+    def name(self) -> str:
+        """The last part of its directory."""
+        return Path(self.directory).name
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """The run itself, where `PooledRuns` has several."""
         return (self,)

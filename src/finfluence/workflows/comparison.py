@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError
+from finfluence.influence import aligned
 from finfluence.influence.consistency import (
     Figure,
     joint_recall,
@@ -126,7 +127,7 @@ def compare_runs(
         raise InputError(f"unknown effect {chosen!r}; choose harmful or supporting")
     frames = [run.influence(name, alternative=chosen, level=level, sensitivity=sensitivity) for run in opened]
     table = opened[0].samples()
-    mu, q, ids = _aligned(frames)
+    mu, q, ids = _seen_by_all(frames)
     bad = None if known is None else _known(table, known, ids)
     score = -mu if chosen == "harmful" else mu
     flagged = (q <= fdr) & (score > 0)
@@ -207,15 +208,10 @@ def _common_query(runs: Sequence[Run], query: str | None) -> str:
     return query
 
 
-def _aligned(frames: Sequence[pl.DataFrame]) -> tuple[np.ndarray, np.ndarray, pl.Series]:
+def _seen_by_all(frames: Sequence[pl.DataFrame]) -> tuple[np.ndarray, np.ndarray, pl.Series]:
     """(runs, n) μ, (runs, n) q-values and the ids, in the first run's order; samples that a run never saw are out."""
     first = frames[0]
-    mus, qs = [], []
-    for frame in frames:
-        aligned = first.select("sample").join(frame, on="sample", how="left", maintain_order="left")
-        mus.append(aligned["mu"].fill_null(np.nan).to_numpy())
-        qs.append(aligned["q_value"].fill_null(np.nan).to_numpy())
-    mu, q = np.array(mus), np.array(qs)
+    mu, q = aligned(frames, "mu", "q_value", on="sample")
     seen: np.ndarray = np.all(np.isfinite(mu), axis=0)
     if not seen.any():
         raise InputError("no sample has an influence in every run; record whole epochs")

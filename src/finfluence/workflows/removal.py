@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -265,7 +264,7 @@ def verified_entries(run: Run) -> list[dict[str, Any]]:
 
 def recordings(run: Recorded) -> list[str]:
     """Names of the runs that a prediction is of, where these are several; empty for a single run."""
-    return [Path(one.directory).name for one in run.runs] if len(run.runs) > 1 else []
+    return [one.name for one in run.runs] if len(run.runs) > 1 else []
 
 
 def measured_points(run: Recorded, query: str, *, effect: Effect) -> pl.DataFrame:

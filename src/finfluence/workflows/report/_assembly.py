@@ -17,22 +17,13 @@ from finfluence.signals import arrays
 from finfluence.tradeoff import GaussianInfluence
 from finfluence.workflows.report import _charts as charts
 from finfluence.workflows.report._columns import category
-from finfluence.workflows.report._packing import Payload, display_decimals, single, units
-from finfluence.workflows.report._several import names_of, pack_each
+from finfluence.workflows.report._packing import Payload, display_decimals, floats, single, units
+from finfluence.workflows.report._several import CERTAIN, names_of, pack_each
 
 LEVEL = 0.95
-_CERTAIN = 0.05
 _MOST_GROUPS = 40
 _GROUP_COLUMNS = 6
 _SCATTER = 1200
-
-
-def ends(mu: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Codes of the `count` lowest and the `count` highest μ, the lowest first, then the highest, without repetition."""
-    order = np.argsort(mu, kind="stable")
-    order = order[np.isfinite(mu[order])]
-    both = np.concatenate([order[:count], order[::-1][:count]])
-    return both[np.sort(np.unique(both, return_index=True)[1])]
 
 
 def pack_query(
@@ -59,14 +50,14 @@ def pack_query(
         visits: signals that may be shown.
     """
     decimals = display_decimals(frame["se"])
-    columns = {name: frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in frame.columns[1:]}
+    columns = {name: floats(frame[name]) for name in frame.columns[1:]}
     payload.array(f"mu:{place}", single(columns["mu"], decimals), "float32")
     payload.array(f"low:{place}", units(columns["ci_low"], decimals), "int32")
     payload.array(f"high:{place}", units(columns["ci_high"], decimals), "int32")
     payload.array(f"q:{place}", single(columns["q_value"], 3), "float32")
     meta = metadata(frame)
-    visits_text = _pack_visits(payload, run, query, place=place, top=top, room=visits)
-    certain = columns["q_value"] <= _CERTAIN
+    visits_text = _pack_visits(payload, run, query, place=place, meta=meta, top=top, room=visits)
+    certain = columns["q_value"] <= CERTAIN
     groups, groups_note = _groups(run, query, categories)
     payload.json(
         f"query:{place}",
@@ -102,13 +93,21 @@ def _estimate_note(run: Recorded, meta: dict[str, Any]) -> str:
     return f"{text}; {meta['condition']}." if "condition" in meta else f"{text}."
 
 
-def _pack_visits(payload: Payload, run: Recorded, query: str, *, place: int, top: NDArray[np.int64], room: int) -> str:
+def _pack_visits(
+    payload: Payload,
+    run: Recorded,
+    query: str,
+    *,
+    place: int,
+    meta: dict[str, Any],
+    top: NDArray[np.int64],
+    room: int,
+) -> str:
     """What each visit of the top samples contributed to μ: −(x_it − x̄_t)/σ, x̄_t the mean of the others in the batch.
 
     Of several runs, in the first: each has its own order of the samples.
     """
     first_run = run.runs[0]
-    meta = metadata(first_run.influence(query))
     signals = arrays(first_run.store, query)
     steps, first, sizes = np.unique(signals.steps, return_index=True, return_counts=True)
     sums = np.add.reduceat(signals.values.astype(np.float64), first) if len(steps) else np.empty(0)
@@ -136,7 +135,7 @@ def _pack_visits(payload: Payload, run: Recorded, query: str, *, place: int, top
     else:
         text = "Bars: single visits; line: their running sum, which ends near μ."
     if len(run.runs) > 1:
-        text += f" In {names_of(run)[0]} alone, in its own unit of noise."
+        text += f" In {names_of(run)[0]} alone."
     return text
 
 
@@ -271,8 +270,8 @@ def _verified_row(entry: dict[str, Any]) -> dict[str, Any]:
 def _agreement(run: Recorded, query: str, frame: pl.DataFrame) -> dict[str, Any] | None:
     if not isinstance(run, Run) or run.sensitivity != "both" or not run.store.has("live"):
         return None
-    live = run.influence(query, sensitivity="live")["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    replay = frame["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    live = floats(run.influence(query, sensitivity="live")["mu"])
+    replay = floats(frame["mu"])
     known = np.flatnonzero(np.isfinite(live) & np.isfinite(replay))
     if len(known) < 3:
         return None

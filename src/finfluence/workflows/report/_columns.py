@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from finfluence.signals import IdDtype
-from finfluence.workflows.report._packing import Budget, Payload
+from finfluence.workflows.report._packing import Budget, Payload, floats
 
 # Columns that are bookkeeping, not something to read.
 _HIDDEN = ("content_hash",)
@@ -47,6 +47,14 @@ class Cuts:
     """What was left out of the page so that it stays small, in words."""
 
     notes: list[str] = field(default_factory=list)
+
+
+def ends(mu: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Codes of the `count` lowest and the `count` highest μ, the lowest first, then the highest, without repetition."""
+    order = np.argsort(mu, kind="stable")
+    order = order[np.isfinite(mu[order])]
+    both = np.concatenate([order[:count], order[::-1][:count]])
+    return both[np.sort(np.unique(both, return_index=True)[1])]
 
 
 def sort_columns(frame: pl.DataFrame) -> SampleColumns:
@@ -116,7 +124,7 @@ def pack_samples(
         payload.json(f"values:{name}", [category(value) for value in values])
         payload.array(f"codes:{name}", [codes.get(value, 255) for value in frame[name].to_list()], "uint8")
     for name in columns.numbers:
-        payload.array(f"number:{name}", frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy(), "float32")
+        payload.array(f"number:{name}", floats(frame[name]), "float32")
     if columns.texts:
         _pack_texts(payload, frame, columns.texts, top=top, budget=budget, cuts=cuts)
     return columns
@@ -206,4 +214,4 @@ def _deflated(value: object) -> int:
     return len(zlib.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), 6))
 
 
-__all__ = ["Cuts", "SampleColumns", "category", "pack_samples", "sort_columns"]
+__all__ = ["Cuts", "SampleColumns", "category", "ends", "pack_samples", "sort_columns"]

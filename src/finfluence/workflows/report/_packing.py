@@ -105,6 +105,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def floats(values: pl.Series) -> NDArray[np.float64]:
+    """A numeric column with NaN where a value is missing."""
+    return values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
 def display_decimals(se: pl.Series) -> int:
     """Decimals with which μ is shown: two, as `score` prints, and more where the standard errors are finer."""
     known = se.drop_nulls().to_numpy()

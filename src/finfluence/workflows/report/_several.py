@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from finfluence.influence import aligned
 from finfluence.runs.pooling import PooledRuns, Recorded
 from finfluence.workflows.report import _charts as charts
-from finfluence.workflows.report._packing import Payload
+from finfluence.workflows.report._columns import ends
+from finfluence.workflows.report._packing import Payload, floats
 
 CERTAIN = 0.05
 _DRAWN = 12  # samples at either end of the ranking that the chart shows
@@ -20,7 +20,7 @@ _DRAWN = 12  # samples at either end of the ranking that the chart shows
 
 def names_of(run: Recorded) -> list[str]:
     """Names of the runs that are asked: their directories' last parts, or all of these where the last are alike."""
-    names = [Path(str(one.directory)).name for one in run.runs]
+    names = [one.name for one in run.runs]
     return names if len(set(names)) == len(names) else [str(one.directory) for one in run.runs]
 
 
@@ -42,22 +42,11 @@ def pack_each(
     """
     if not isinstance(run, PooledRuns):
         return None
-    mu, q = _aligned(run.each(query), frame["sample"])
+    mu, q = aligned(run.each(query), "mu", "q_value", on="sample")
     payload.array(f"each-rows:{place}", top, "uint32")
     payload.array(f"each-mu:{place}", mu[:, top].T, "float32")
     payload.array(f"each-certain:{place}", (q[:, top] <= CERTAIN).sum(axis=0), "uint8")
     return _section(run, query, mu=mu, frame=frame)
-
-
-def _aligned(frames: Sequence[pl.DataFrame], samples: pl.Series) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(runs, n) μ and q-values in the order of `samples`."""
-    wanted = pl.DataFrame({"sample": samples})
-    joined = [wanted.join(frame, on="sample", how="left", maintain_order="left") for frame in frames]
-
-    def column(name: str) -> NDArray[np.float64]:
-        return np.array([own[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for own in joined])
-
-    return column("mu"), column("q_value")
 
 
 def _section(run: PooledRuns, query: str, *, mu: NDArray[np.float64], frame: pl.DataFrame) -> dict[str, Any]:
@@ -72,19 +61,17 @@ def _section(run: PooledRuns, query: str, *, mu: NDArray[np.float64], frame: pl.
         f"harmful in every run, {once:,} in at least one (one-sided, false-discovery rate {found.fdr:g}). The chart "
         "has the samples of lowest and highest μ: a point is what one run says, the bar the interval of all."
     )
-    pooled = frame["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    order = np.argsort(pooled, kind="stable")
-    order = order[np.isfinite(pooled[order])]
-    ends = order if len(order) <= 2 * _DRAWN else np.concatenate([order[:_DRAWN], order[-_DRAWN:]])
+    pooled, names = floats(frame["mu"]), names_of(run)
+    shown = ends(pooled, _DRAWN)
     rows = [
         {
             "sample": str(frame["sample"][int(code)]),
             "mu": float(pooled[code]),
             "low": float(frame["ci_low"][int(code)]),
             "high": float(frame["ci_high"][int(code)]),
-            "each": {name: float(own) for name, own in zip(names_of(run), mu[:, code], strict=True)},
+            "each": {name: float(own) for name, own in zip(names, mu[:, code], strict=True)},
         }
-        for code in ends
+        for code in shown[np.argsort(pooled[shown], kind="stable")]
     ]
     figures = found.frame.select("measure", "set", "value", "meaning").iter_rows()
     return {

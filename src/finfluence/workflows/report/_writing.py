@@ -15,16 +15,16 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import FinfluenceError, InputError
-from finfluence.runs.pooling import Recorded
+from finfluence.runs.pooling import Recorded, check_query
 from finfluence.runs.run import Run
 from finfluence.signals import open_folder, per_sample
 from finfluence.tradeoff import SIGN_CONVENTION
 from finfluence.workflows.report import _charts as charts
-from finfluence.workflows.report._assembly import ends, pack_query
-from finfluence.workflows.report._columns import Cuts, SampleColumns, pack_samples, sort_columns
+from finfluence.workflows.report._assembly import pack_query
+from finfluence.workflows.report._columns import Cuts, SampleColumns, ends, pack_samples, sort_columns
 from finfluence.workflows.report._health import combined_checks, health_checks
 from finfluence.workflows.report._images import pack_images
-from finfluence.workflows.report._packing import Budget, Payload
+from finfluence.workflows.report._packing import Budget, Payload, floats
 from finfluence.workflows.report._several import names_of
 
 _TOP = 200  # samples at either end of the ranking that are shown with all that is known of them
@@ -67,7 +67,7 @@ def write_report(
         StoreError: the file cannot be written.
     """
     target = _target(run, path)
-    queries = list(run.queries) if query is None else [_known(run, query)]
+    queries = list(run.queries) if query is None else [check_query(run, query)]
     frames, failed = _estimates(run, queries)
     if not frames:
         raise InputError(f"nothing to show of {run.directory}: {'; '.join(why for _, why in failed)}")
@@ -81,13 +81,6 @@ def write_report(
             break
     open_folder(target.parent).write(target.name, page)
     return target
-
-
-def _known(run: Recorded, query: str) -> str:
-    """The query, which every run must have."""
-    for one in run.runs:
-        one.store.check_query(query)
-    return query
 
 
 def _folder(run: Run) -> Path:
@@ -177,9 +170,10 @@ def _render(
     import jinja2
     from markupsafe import Markup
 
-    first = run.runs[0]
-    steps = first.steps()
-    drawn, curves = _run_charts(steps, first.adjoints(), queries[0], of="" if run is first else names_of(run)[0])
+    names = names_of(run)
+    read = [(one, one.steps(), one.adjoints()) for one in run.runs]
+    first, steps, adjoints = read[0]
+    drawn, curves = _run_charts(steps, adjoints, queries[0], of=names[0] if len(names) > 1 else "")
     span = [int(steps["step"].to_numpy().min()), int(steps["step"].to_numpy().max())]
     payload.json("charts", {"signal": charts.signal_chart(*span), "tradeoff": charts.tradeoff_chart()} | drawn)
     payload.json(
@@ -196,12 +190,12 @@ def _render(
     script = f"(() => {{\n'use strict';\n{''.join(_resource(name) for name in _SCRIPTS)}}})();\n"
     vega = _vega()
     models = len(first.measured_epochs)
-    trained = "model" if run is first else f"models of {len(run.runs)} runs"
-    checks = {name: health_checks(one, one.steps(), one.adjoints()) for name, one in _named(run)}
+    trained = "model" if len(names) == 1 else f"models of {len(names)} runs"
+    checks = {name: health_checks(*tables) for name, tables in zip(names, read, strict=True)}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     # Scripts run by their hash alone: markup that slipped through the escaping would still not be executed.
     return environment.from_string(_resource("page.html.j2")).render(
-        title=f"Influence report: {', '.join(names_of(run))}",
+        title=f"Influence report: {', '.join(names)}",
         script_hashes=Markup(f"{_csp_hash(vega)} {_csp_hash(script)}"),
         css=Markup(_resource("page.css")),
         vega=Markup(vega),
@@ -210,20 +204,16 @@ def _render(
         n_samples=f"{columns.frame.height:,}",
         sign=SIGN_CONVENTION.replace("mu > 0", "μ\u00a0>\u00a00").replace("mu < 0", "μ\u00a0<\u00a00"),
         measured=f"on the trained {trained}" if models == 1 else f"on average at {models} moments of the training",
-        several=len(run.runs),
+        several=len(names),
         queries=queries,
         failed=failed,
         search_hint="words or an id" if columns.texts else "an id",
         checks=combined_checks(checks),
         curves=curves,
-        facts=_facts(run),
+        facts=_facts([_facts_of(one, own) for one, own, _ in read]),
         cuts=cuts.notes,
         version=packages.version("finfluence"),
     )
-
-
-def _named(run: Recorded) -> list[tuple[str, Run]]:
-    return list(zip(names_of(run), run.runs, strict=True))
 
 
 def _run_charts(
@@ -258,15 +248,15 @@ def _run_charts(
     return drawn, [(name, title, f"{text} Of {of}." if of else text) for name, title, text in curves]
 
 
-def _facts(run: Recorded) -> list[tuple[str, str]]:
-    each = [_facts_of(one) for one in run.runs]
+def _facts(each: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """What the runs say of themselves, term by term, without repetition."""
     terms = list(dict.fromkeys(term for facts in each for term in facts))
     found = {term: list(dict.fromkeys(facts[term] for facts in each if term in facts)) for term in terms}
     return [(term, "; ".join(values)) for term, values in found.items()]
 
 
-def _facts_of(run: Run) -> dict[str, str]:
-    known, steps = run.manifest, run.steps()
+def _facts_of(run: Run, steps: pl.DataFrame) -> dict[str, str]:
+    known = run.manifest
     optimizer = known.get("optimizer") or {}
     rate = optimizer.get("lr")
     found = {
@@ -291,7 +281,7 @@ def _measured(run: Run) -> str | None:
 
 
 def _mu(frame: pl.DataFrame) -> np.ndarray:
-    return frame["mu"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    return floats(frame["mu"])
 
 
 def _union(parts: list[np.ndarray]) -> np.ndarray:
