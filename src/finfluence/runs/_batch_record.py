@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finfluence.errors import InputError
+from finfluence.errors import InputError, RecordingError
+from finfluence.runs.data import tensors_of
 from finfluence.signals import IdDtype
 
 
@@ -24,6 +25,42 @@ class BatchRecord:
     def __init__(self) -> None:
         self.loss: float | Tensor | None = None
         self.loss_is: Literal["mean", "share"] = "mean"
+
+
+class StepLosses:
+    """The losses that a step's micro-batches were given."""
+
+    def __init__(self) -> None:
+        self._means: list[tuple[float, int]] = []
+        self._shares: list[float] = []
+
+    def add(self, record: BatchRecord, size: int) -> None:
+        """Takes a micro-batch's loss, if it has one."""
+        if record.loss is not None and record.loss_is == "share":
+            self._shares.append(float(record.loss))
+        elif record.loss is not None:
+            self._means.append((float(record.loss), size))
+
+    def mean(self) -> float | None:
+        """The step's loss; None where none was given."""
+        if self._shares:
+            return sum(self._shares)
+        count = sum(size for _, size in self._means)
+        return sum(loss * size for loss, size in self._means) / count if count else None
+
+
+def check_rows(expected: int, given: Any) -> None:
+    """Refuses ids that are not one a row of the model's input.
+
+    Raises:
+        RecordingError: no tensor among what was `given` has `expected` entries in one of its first two dimensions.
+    """
+    shapes = [tuple(t.shape) for t in tensors_of(given) if t.dim()]
+    if shapes and not any(expected in shape[:2] for shape in shapes):
+        raise RecordingError(
+            f"{expected} ids were given for a model input of shape {shapes[0]}; give one id for each of its "
+            f'{shapes[0][0]} rows, or say rows="several" if a sample has several'
+        )
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -59,7 +59,6 @@ class RecordingLoop:
         self.own_steps = own_steps
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
         self.own_seconds = 0.0
-        self._per_epoch = engine.plan.sampler.steps_per_epoch(engine.n, engine.plan.batch_size)
 
     def run(self, start: int, *, show: ShowProgress) -> None:
         """Trains from step `start` to the end of the plan, then stores the final state."""
@@ -154,6 +153,7 @@ class RecordingLoop:
         return result
 
     def _on_grid(self, batch: Batch) -> bool:
-        return self.panel is not None and bool(
-            np.isin(batch.position, self.panel.grid(self._per_epoch, seed=self.engine.plan.seed, epoch=batch.epoch))
-        )
+        if self.panel is None:
+            return False
+        engine = self.engine
+        return batch.position in self.panel.grid(engine.steps_per_epoch, seed=engine.plan.seed, epoch=batch.epoch)

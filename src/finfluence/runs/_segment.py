@@ -14,7 +14,7 @@ from finfluence.gradients import HookedDerivatives
 from finfluence.runs._batch_terms import BatchTerms, DifferenceTerms, ExactTerms, directions_of
 from finfluence.runs._identity import tolerance
 from finfluence.runs._trajectory import Trajectory, kept_vectors
-from finfluence.runs.engine import Engine, seed_step
+from finfluence.runs.engine import Engine
 from finfluence.runs.panel import NoisePanel, panel_signals
 from finfluence.runs.replay_plan import ReplayOptions
 from finfluence.runs.sampling import Batch
@@ -77,7 +77,6 @@ class SegmentWalker:
         self.hooks = HookedDerivatives(engine.model, engine.parameters)
         self.members = panel.members(engine.n, seed=engine.plan.seed) if panel else np.empty(0, np.int64)
         self.limit = tolerance(engine.parameters)
-        self._per_epoch = engine.plan.sampler.steps_per_epoch(engine.n, engine.plan.batch_size)
         clip_exactly = engine.plan.clip_norm is not None and options.clip_derivative == "exact"
         self._path = Trajectory(
             longest,
@@ -169,7 +168,7 @@ class SegmentWalker:
                 gradient,
                 adjoint,
                 adjoint_state,
-                lr=self.engine.learning_rate(batch.step),
+                lr=self.engine.rates(batch.step),
                 step=batch.step,
                 options=adjoint_options,
                 settled=self.settled,
@@ -215,7 +214,8 @@ class SegmentWalker:
     def _on_grid(self, batch: Batch) -> bool:
         if self.panel is None:
             return False
-        return batch.position in self.panel.grid(self._per_epoch, seed=self.engine.plan.seed, epoch=batch.epoch)
+        engine = self.engine
+        return batch.position in self.panel.grid(engine.steps_per_epoch, seed=engine.plan.seed, epoch=batch.epoch)
 
     def _batch_terms(
         self, batch: Batch, theta: Tensor, q: Tensor, *, gradient: Tensor | None, loss: float
@@ -223,15 +223,13 @@ class SegmentWalker:
         """Signals (b, n_queries), Hessian-vector products (n_queries, size) and residuals of the identity."""
         if not len(batch.indices):
             return np.zeros((0, len(q))), torch.zeros_like(q), (0.0,) * len(q)
-        seed_step(self.engine.plan.seed, batch.step, device=self.engine.device)
-        parts = np.array_split(batch.indices, self.engine.plan.accumulation)
+        parts = self.engine.parts(batch)
         if len(parts) > 1:
             gradient = None  # what is known is the sum over the parts
-        terms = [
-            self._terms.evaluate(indices, batch.denominator, theta, q=q, gradient=gradient)
-            for indices in parts
-            if len(indices)
-        ]
+        terms = []
+        for number, (indices, denominator) in enumerate(parts):
+            self.engine.seed(batch.step, number)
+            terms.append(self._terms.evaluate(indices, denominator, theta, q=q, gradient=gradient))
         mean = sum(t.loss for t in terms) * batch.denominator / len(batch.indices)
         self._check_loss(batch, mean, loss)
         values = torch.cat([t.values for t in terms]).double().cpu()

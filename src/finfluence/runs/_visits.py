@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError
-from finfluence.signals import IdDtype
+from finfluence.signals import IdDtype, SignalStore, SignalTable
 
 
 class EpochCounter:
@@ -34,6 +34,22 @@ class EpochCounter:
     def count(self) -> int:
         """Distinct samples seen so far."""
         return len(self._seen)
+
+    def go_on(self, store: SignalStore, *, table: SignalTable) -> None:
+        """Goes on where a recorded run stands.
+
+        Args:
+            store: of the run.
+            table: that has the ids of every step.
+        """
+        steps = store.steps().select("step", "epoch", "position").sort("step").collect()
+        if not steps.height:
+            return
+        visits = store.signals(table).select("step", "sample").collect()
+        self._seen = dict.fromkeys(visits["sample"].to_list())
+        self.epoch, self._position = int(steps["epoch"][-1] or 0), int(steps["position"][-1] or 0)
+        now = steps.filter(pl.col("epoch") == self.epoch)["step"].implode()
+        self._seen_now = set(visits.filter(pl.col("step").is_in(now))["sample"].to_list())
 
     def begin_batch(
         self, ids: np.ndarray, *, step: int, epoch: int | None = None, position: int | None = None

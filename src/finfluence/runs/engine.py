@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from finfluence.runs.data import Collate, batch_length, dataset_size, model_devi
 from finfluence.runs.plan import Plan
 from finfluence.runs.sampling import Batch
 from finfluence.runs.tasks import Task
+from finfluence.sensitivity import ParameterRule, UpdateRule
 
 _STEP_STREAM = 0x57E9
 Around = Callable[[np.ndarray], AbstractContextManager[Any]]
@@ -36,6 +37,18 @@ class StepResult(NamedTuple):
 
     loss: float
     clip_factor: float
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step.
+
+    Attributes:
+        indices: (b,) int64, rows of the dataset.
+        denominator: what the sum of their losses is divided by.
+    """
+
+    indices: np.ndarray
+    denominator: float
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -125,6 +138,24 @@ class Engine:
         ):
             yield batch if self.subset is None else batch._replace(indices=self.subset[batch.indices])
 
+    @property
+    def rules(self) -> UpdateRule | Mapping[str, ParameterRule]:
+        """The optimizer's update rule: one for all parameters, or each one's."""
+        return self.plan.optimizer.rule
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.plan.sampler.steps_per_epoch(self.n, self.plan.batch_size)
+
+    def measured_steps(self, epochs: Sequence[float]) -> tuple[int, ...]:
+        """The steps after which the run is measured, see `Plan.measured_steps`."""
+        return self.plan.measured_steps(epochs, self.n)
+
+    def rates(self, step: int) -> float | Sequence[float]:
+        """The learning rate of a step, or one for each param group."""
+        return self.learning_rate(step)
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
         return self.plan.optimizer.lr * self.plan.schedule.factor(step, self.total_steps)
@@ -154,21 +185,32 @@ class Engine:
             )
         return losses
 
+    def parts(self, batch: Batch) -> list[Part]:
+        """The micro-batches of a batch that have samples."""
+        if self.plan.accumulation == 1:
+            return [Part(batch.indices, batch.denominator)] if len(batch.indices) else []
+        cut = np.array_split(batch.indices, self.plan.accumulation)
+        return [Part(indices, batch.denominator) for indices in cut if len(indices)]
+
+    def seed(self, step: int, part: int = 0) -> None:
+        """Puts torch's generators where they are before a micro-batch of a step; the first one's start the others."""
+        if part == 0:
+            seed_step(self.plan.seed, step, device=self.device)
+
     def backward(self, batch: Batch, around: Around | None = None) -> float:
         """Accumulates the batch's gradient into `.grad` (cleared first) and returns its mean loss."""
-        seed_step(self.plan.seed, batch.step, device=self.device)
+        self.seed(batch.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        parts = np.array_split(batch.indices, self.plan.accumulation) if self.plan.accumulation > 1 else [batch.indices]
-        for indices in parts:
-            if len(indices) == 0:
-                continue
+        for number, (indices, denominator) in enumerate(self.parts(batch)):
+            if number:
+                self.seed(batch.step, number)
             with around(indices) if around is not None else contextlib.nullcontext() as record:
-                loss = self.losses(self.model, indices).sum() / batch.denominator
+                loss = self.losses(self.model, indices).sum() / denominator
                 loss.backward()
                 value = float(loss.detach())
                 if record is not None:
-                    record.loss = value * batch.denominator / len(indices)
+                    record.loss = value * denominator / len(indices)
             total += value
         for p in self.parameters.values():
             if p.grad is None:

@@ -15,7 +15,7 @@ import torch
 
 from finfluence.errors import InputError
 from finfluence.gradients import Direction, HookedDerivatives, per_sample_derivatives
-from finfluence.runs.engine import Engine, seed_step
+from finfluence.runs.engine import Engine
 
 _PANEL_STREAM = 0x9A4E1
 # Samples of the panel in one pass. A large model gets no more than the training's own micro-batches, which are known to
@@ -91,7 +91,7 @@ def panel_signals(
     if chunk is None:
         large = engine.model_size > _SMALL_MODEL
         chunk = -(-engine.plan.batch_size // engine.plan.accumulation) if large else _CHUNK
-    seed_step(engine.plan.seed, step, device=engine.device)
+    engine.seed(step)
     parts = [
         _derivatives(engine, rows, directions, hooks)
         for rows in np.array_split(indices, max(1, -(-len(indices) // chunk)))

@@ -1,4 +1,4 @@
-"""`Recorder`: records the live signals of a training loop that the user writes and owns.
+"""`Recorder`: records a training loop that the user writes and owns: its live signals, and what a replay of it needs.
 
 The model is not wrapped and the loop's arithmetic is not touched: hooks read what the user's own backward pass
 computes, and step hooks of the optimizer see the gradient as the optimizer receives it. Parameters after a recorded run
@@ -19,17 +19,20 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from finfluence.errors import FinfluenceWarning, InputError, RecordingError, StoreError
+from finfluence.errors import FinfluenceWarning, InputError, RecordingError
 from finfluence.gradients import Direction, HookedDerivatives, check_model, check_normalisations, normalisations
-from finfluence.runs._batch_record import BatchRecord, as_id_array, has_closure
-from finfluence.runs._identity import GradientFingerprint, identity_residual, tolerance
-from finfluence.runs._manifest import describe_run, environment
+from finfluence.runs._batch_record import BatchRecord, StepLosses, as_id_array, check_rows, has_closure
+from finfluence.runs._identity import GradientFingerprint, identity_residual
+from finfluence.runs._loop_writer import LoopRecord, LoopSettings
+from finfluence.runs._manifest import SignalKind, describe_run, environment
+from finfluence.runs._step_checks import StepChecks, check_resumed
 from finfluence.runs._visits import EpochCounter
-from finfluence.runs.data import tensors_of
 from finfluence.runs.live_queries import LiveQueries, Measure
+from finfluence.runs.panel import NoisePanel
+from finfluence.runs.plan import Precision
 from finfluence.runs.sampling import Sampler
 from finfluence.sensitivity import UpdateRule, learning_rates
-from finfluence.signals import IdDtype, SignalTable, SignalWriter
+from finfluence.signals import IdDtype, SignalStore, SignalTable, SignalWriter, open_folder
 
 
 class Recorder:
@@ -47,6 +50,10 @@ class Recorder:
     scaling between the backward pass and the step multiply the gradient by a number, which is found and applied to the
     signals. Anything else that changes the gradient shows up as a residual of the signal identity
     Σ_i x_{i,t} = ⟨q_t, ḡ_t⟩ (method: f-INE, Panda et al. 2026, in-run form), and a warning names the likely causes.
+
+    With sensitivity "both" the run also keeps states of the training and each micro-batch's rows, rates and random
+    numbers, so that `finfluence.replay` can take its steps again and give calibrated signals. A replay compares the
+    parameters with those stored, so that a task whose losses are not the loop's is found out.
 
     Args:
         model: the model under training, unwrapped.
@@ -68,10 +75,17 @@ class Recorder:
         exist: what to do with a run that is in the directory: refuse, or "resume" it, which drops what was recorded
             from step `start` on.
         start: index of the first step that is recorded.
+        sensitivity: "live", or "both" to keep what a replay needs, too. Then an id is a row of the dataset, or
+            `samples` has the dataset's rows in their order, and `flush` is needed beside checkpoints to resume from.
+        signals: of the replay, "batch" or "full", as in `finfluence.train`.
+        panel: the replay's noise panel.
+        checkpoint_every: steps between stored states; the square root of the number of steps is about right.
+        clip_norm: global norm at which the loop clips the gradient, which a replay must know.
+        precision: "bfloat16-autocast" where the loop's forward passes are under it, which a replay must know.
 
     Raises:
-        InputError: no queries, a measurement that has no gradient.
-        RecordingError: a model or optimizer that cannot be recorded correctly.
+        InputError: no queries, a measurement that has no gradient, ids that cannot be rows of a dataset.
+        RecordingError: a model or optimizer that cannot be recorded correctly, or not be replayed.
         StoreError: the directory holds a run, or cannot be written; a resumed run ends before step `start`.
     """
 
@@ -93,6 +107,12 @@ class Recorder:
         manifest: Mapping[str, Any] | None = None,
         exist: Literal["error", "resume"] = "error",
         start: int = 0,
+        sensitivity: Literal["live", "both"] = "live",
+        signals: SignalKind = "batch",
+        panel: NoisePanel | None = None,
+        checkpoint_every: int = 32,
+        clip_norm: float | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if not isinstance(queries, Mapping) or not all(callable(q) for q in queries.values()):
             raise InputError(
@@ -112,12 +132,18 @@ class Recorder:
             id_dtype = "int64" if samples["sample"].dtype.is_integer() else "str"
         self._id_dtype: IdDtype = id_dtype
         self._manifest = dict(manifest or {})
-        self._table: SignalTable = "signals"
+        settings = LoopSettings(signals, panel or NoisePanel(), checkpoint_every, clip_norm, precision)
+        self._loop: LoopRecord | None = None
+        if sensitivity == "both":
+            self._loop = LoopRecord(model, optimizer, settings, samples=samples, id_dtype=id_dtype)
+        elif sensitivity != "live":
+            raise InputError(f"unknown sensitivity {sensitivity!r}; choose 'live' or 'both'")
+        self._table: SignalTable = "signals" if sensitivity == "live" else "live"
         self._owned_writer = True
         self.writer: SignalWriter | None = None
         self.step = start
         self._exist: Literal["error", "resume"] = exist
-        known = set(samples["sample"].to_list()) if samples is not None and "sample" in samples.columns else None
+        known = None if samples is None or "sample" not in samples.columns else set(samples["sample"].to_list())
         self._epochs = EpochCounter(with_replacement=self.sampler.kind != "shuffled", known=known)
         self._handles: list[Any] = []
         self._pending: list[tuple[np.ndarray, Tensor]] = []
@@ -126,12 +152,10 @@ class Recorder:
         self._begun = self._empty = False
         self._normalisations: dict[str, nn.Module] = {}
         self._fingerprint: GradientFingerprint | None = None
-        self._losses: list[tuple[float, int]] = []
-        self._shares: list[float] = []
+        self._losses = StepLosses()
         self._place = (0, 0)
         self._rates: tuple[float, ...] = ()
-        self._warned: set[str] = set()
-        self.largest_residual = 0.0
+        self._checks = StepChecks(self.parameters, self._hooks)
         self.skipped_steps = 0
 
     def attach(self, writer: SignalWriter, *, table: SignalTable = "signals", step: int = 0) -> None:
@@ -145,6 +169,11 @@ class Recorder:
             described = describe_run(
                 optimizer=self.optimizer, sampler=self.sampler, seed=self._seed, sensitivity="live", signals="batch"
             )
+            folder = open_folder(self.directory)
+            if self._loop is not None:
+                described |= self._loop.open(folder)
+            if self._exist == "resume":
+                check_resumed(folder, step=self.step, stored=self._loop.stored() if self._loop else None)
             self.writer = SignalWriter.create(
                 self.directory,
                 queries=list(self.live.measures),
@@ -153,7 +182,8 @@ class Recorder:
                 samples=self._samples,
                 exist=self._exist,
             )
-            self._continue(self.writer)
+            if self._exist == "resume":
+                self._continue(self.writer)
         if self._owned_writer and self._rows == "one":  # a caller that attaches its store has counted the losses
             self._handles = [self.model.register_forward_pre_hook(self._check_rows, with_kwargs=True)]
         self._handles += [
@@ -163,17 +193,12 @@ class Recorder:
         return self
 
     def _continue(self, writer: SignalWriter) -> None:
-        if self._exist == "resume":
-            last = -1 if writer.last_step is None else writer.last_step
-            if last + 1 < self.step:
-                writer.close("failed")
-                raise StoreError(
-                    f"{writer.directory} was recorded up to step {last} and training resumes at step {self.step}; "
-                    "resume from a checkpoint at or before its end"
-                )
-            writer.truncate_from(self.step)
-            self.largest_residual = float(writer.manifest.get("largest_residual") or 0.0)
-            self.skipped_steps = int(writer.manifest.get("skipped_steps") or 0)
+        writer.truncate_from(self.step)
+        self._epochs.go_on(SignalStore.open(self.directory, partial=True), table=self._table)
+        if self._loop is not None:
+            self._loop.resume(self.step, writer)
+        self._checks.largest_residual = float(writer.manifest.get("largest_residual") or 0.0)
+        self.skipped_steps = int(writer.manifest.get("skipped_steps") or 0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -195,24 +220,34 @@ class Recorder:
                 FinfluenceWarning,
                 stacklevel=2,
             )
+        if self._loop is not None:
+            self._loop.cut(self.step)
         self._finish("finished")
 
     def _finish(self, status: Any) -> None:
         assert self.writer is not None
         if self._samples is None:
-            self.writer.write_samples(self._epochs.frame(self._id_dtype))
+            self.writer.write_samples(self._epochs.frame(self._id_dtype), grown=self._exist == "resume")
+        repeatable = self._loop is not None and status == "finished" and self.step
+        loop = self._loop.describe(seed=self._seed, sampler=self.sampler) if self._loop and repeatable else {}
         self.writer.update_manifest(
             steps=self.step,
             n_samples=self._epochs.count if self._samples is None else self._samples.height,
             epochs=self._epochs.epoch + 1,
-            largest_residual=self.largest_residual,
+            largest_residual=self._checks.largest_residual,
             skipped_steps=self.skipped_steps,
+            **loop,
         )
         self.writer.close(status)
 
     @contextlib.contextmanager
     def batch(
-        self, ids: Any, *, epoch: int | None = None, segments: tuple[Sequence[int], int] | None = None
+        self,
+        ids: Any,
+        *,
+        epoch: int | None = None,
+        segments: tuple[Sequence[int], int] | None = None,
+        denominator: float | None = None,
     ) -> Iterator[BatchRecord]:
         """Records one forward and backward pass.
 
@@ -220,6 +255,9 @@ class Recorder:
             ids: (b,) ids of the batch's samples, in the batch's order: int64 or str.
             epoch: index of the epoch; inferred from repeated ids where it is not given.
             segments: for samples one behind the other in one row (padding-free batches): their lengths and the row's.
+            denominator: what the loop divides the sum of the samples' losses by, for a replay: b for a mean (the
+                default), b times the number of micro-batches where their means are divided by it, the step's tokens
+                where the task's losses are sums over tokens.
 
         Yields:
             A `BatchRecord`.
@@ -239,26 +277,22 @@ class Recorder:
         record = BatchRecord()
         self._expected = len(names)
         try:
-            with self._hooks.record(self.directions, len(names), segments=segments) as recording:
+            loop = self._loop
+            with (
+                contextlib.nullcontext() if loop is None else loop.part(names, denominator, segments=segments),
+                self._hooks.record(self.directions, len(names), segments=segments) as recording,
+            ):
                 yield record
         finally:
             self._expected = None
         self._pending.append((names, recording.values))
-        if record.loss is not None and record.loss_is == "share":
-            self._shares.append(float(record.loss))
-        elif record.loss is not None:
-            self._losses.append((float(record.loss), len(names)))
+        self._losses.add(record, len(names))
         self._fingerprint = GradientFingerprint.of(self.parameters)
 
     def _check_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._expected is None or not torch.is_grad_enabled():
             return
-        shapes = [tuple(t.shape) for t in tensors_of((args, kwargs)) if t.dim()]
-        if shapes and not any(self._expected in shape[:2] for shape in shapes):
-            raise RecordingError(
-                f"{self._expected} ids were given for a model input of shape {shapes[0]}; give one id for each of its "
-                f'{shapes[0][0]} rows, or say rows="several" if a sample has several'
-            )
+        check_rows(self._expected, (args, kwargs))
 
     def begin_step(self, ids: np.ndarray, *, epoch: int | None = None, position: int | None = None) -> list[Direction]:
         """Fixes the sensitivities of the step that is about to be taken; `batch` does so where it was not called.
@@ -277,29 +311,48 @@ class Recorder:
         check_normalisations(self._normalisations)
         self._settle()
         self._place = self._epochs.begin_batch(ids, step=self.step, epoch=epoch, position=position)
+        if self._loop is not None:
+            if self._loop.due(self.step):
+                self.flush()
+            self._loop.forget()
         self.directions = self.live.directions(self.step)
         self._rates = learning_rates(self.optimizer)
         self._begun, self._empty = True, len(ids) == 0
         return self.directions
 
     def flush(self) -> None:
-        """Makes every finished step durable, e.g. beside a checkpoint of the training."""
+        """Makes every finished step durable, e.g. beside a checkpoint of the training.
+
+        Between steps; a run that is kept for a replay also stores the training's state, so that it can be resumed here.
+        """
         if self.writer is not None:
             self.writer.flush()
+        if self._loop is not None:
+            self._loop.cut(self.step)
+
+    @property
+    def largest_residual(self) -> float:
+        """Of the signal identity so far, relative."""
+        return self._checks.largest_residual
 
     def _settle(self) -> None:
         if self._pending and all(p.grad is None or not p.grad.any() for p in self.parameters.values()):
             self.skip_step()
 
     def _forget_step(self) -> None:
-        self._shares = []
-        self._pending, self._losses, self._fingerprint, self._begun, self._empty = [], [], None, False, False
+        self._losses = StepLosses()
+        self._pending, self._fingerprint, self._begun, self._empty = [], None, False, False
 
     def skip_step(self) -> None:
         """Notes a step that was not taken: its gradient was thrown away (an AMP overflow), so signals moved nothing."""
         if not self._pending or self._fingerprint is None:
             return
         nonfinite = not bool(torch.isfinite(self._fingerprint.norm))
+        if self._loop is not None:
+            raise RecordingError(
+                f"step {self.step} was not taken: its gradient was thrown away or is zero, which a replay cannot "
+                "repeat; record live signals alone (sensitivity='live')"
+            )
         size = sum(len(names) for names, _ in self._pending)
         self._append_step(residual=None, scale=0.0, batch_size=size, skipped=True, nonfinite=nonfinite)
         self._forget_step()
@@ -328,15 +381,13 @@ class Recorder:
         values = torch.cat([values for _, values in self._pending]).double() * scale
         residual = identity_residual(values, self.directions, self.parameters)
         signals = values.cpu().numpy()
-        if not np.isfinite(signals).all():
-            row = int(np.flatnonzero(~np.isfinite(signals).all(axis=1))[0])
-            raise RecordingError(
-                f"the signal of sample {names[row].item()!r} at step {self.step} is {signals[row].min()}; the loss or "
-                "the query is not finite: lower the learning rate, clip the gradient, or use GradScaler.step, which "
-                "skips such steps"
-            )
-        self._check_rates()
-        self._check_residual(residual)
+        self._checks.finite(signals, names, step=self.step)
+        rates = learning_rates(self.optimizer)
+        self._checks.rates(self._rates, rates, step=self.step)
+        self._checks.residual(residual, step=self.step)
+        if self._loop is not None:
+            self._loop.check_precision(self._hooks.low_precision)
+            self._loop.end(step=self.step, place=self._place, rates=rates, scale=scale)
         self.last_values = signals
         self.writer.append_table(self._table, self.step, samples=names, values=signals.astype(np.float32))
         self._append_step(residual=residual, scale=scale, batch_size=len(names))
@@ -352,53 +403,15 @@ class Recorder:
             position=position,
             learning_rate=learning_rates(self.optimizer)[0],
             batch_size=batch_size,
-            loss=self._mean_loss(),
+            loss=self._losses.mean(),
             residual=residual,
             scale=scale,
             nonfinite=nonfinite,
             skipped=skipped,
         )
 
-    def _mean_loss(self) -> float | None:
-        if self._shares:
-            return sum(self._shares)
-        count = sum(b for _, b in self._losses)
-        return sum(loss * b for loss, b in self._losses) / count if count else None
-
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if has_closure(args, kwargs):
             self._record_step()
         self._forget_step()
         self.step += 1
-
-    def _check_residual(self, residual: float) -> None:
-        self.largest_residual = max(self.largest_residual, residual)
-        limit = tolerance(self.parameters, low_precision=self._hooks.low_precision)
-        if residual <= limit:
-            return
-        uncovered = self._hooks.uncovered()
-        cause = (
-            f"parameter {uncovered[0]!r} is used outside its module, where hooks do not see it"
-            if uncovered
-            else "the gradient was changed by something other than one factor (clipping by value, per-group clipping, "
-            "a regulariser in the loss, noise), or the precision is too low"
-        )
-        self._warn_once(
-            "residual",
-            f"the signal identity is off by {residual:.1e} at step {self.step} (limit {limit:.0e}): {cause}; "
-            "the signals miss that part of the gradient",
-        )
-
-    def _check_rates(self) -> None:
-        rates = learning_rates(self.optimizer)
-        if rates != self._rates:
-            self._warn_once(
-                "rates",
-                f"the learning rate of step {self.step} changed from {self._rates[0]:g} to {rates[0]:g} after its "
-                "batch began; set it before `recorder.batch`, because the step's sensitivity depends on it",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, FinfluenceWarning, stacklevel=6)  # out of our frames and torch's step

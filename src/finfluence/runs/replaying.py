@@ -18,24 +18,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceError, FinfluenceWarning, InputError, ReplayError
 from finfluence.gradients import check_model, query_gradient
 from finfluence.runs._progress import ShowProgress, progress
+from finfluence.runs._recording import Recording
 from finfluence.runs._replay_store import ReplayStore, query_norms
 from finfluence.runs._segment import SegmentWalker, StepSignals
-from finfluence.runs._trajectory import kept_vectors
 from finfluence.runs.data import Collate, dataset_size, query_batches
-from finfluence.runs.engine import Engine, isolated_rng
-from finfluence.runs.panel import NoisePanel, full_panel
-from finfluence.runs.plan import Plan
+from finfluence.runs.engine import isolated_rng
 from finfluence.runs.replay_plan import ReplayOptions, ReplayPlan
 from finfluence.runs.run import Run, open_run
 from finfluence.runs.sampling import Batch
-from finfluence.runs.states import StateStore, restore_training_state
+from finfluence.runs.states import restore_training_state
 from finfluence.runs.tasks import Task, measurement
 from finfluence.sensitivity import AdjointMonitor, FlatUpdate, States
 from finfluence.signals import Folder, SignalStore, SignalWriter, open_folder
@@ -65,8 +62,8 @@ def replay(
     or other queries than those of the replay that is there start it anew.
 
     Args:
-        directory: a run recorded by `train` with sensitivity "replay" or "both".
-        task: as at recording.
+        directory: a run recorded by `train` with sensitivity "replay" or "both", or by a `Recorder` with "both".
+        task: as at recording; of a loop of one's own, the task whose losses it summed up and divided.
         model: a model of the same architecture, in the mode (train or eval) of the recording; its parameters end up as
             those of the finished training.
         dataset: as at recording.
@@ -97,6 +94,7 @@ def replay(
             print(job.plan, file=sys.stderr)
         with isolated_rng(job.engine.device):
             job.run(show_progress)
+        job.engine.optimizer.zero_grad(set_to_none=True)  # a loop that goes on would add to what is left there
     except BaseException:
         if owned:
             with contextlib.suppress(FinfluenceError):
@@ -125,64 +123,10 @@ def plan_replay(
         ReplayError: the run has no states, or its training has not finished.
         StoreError: the directory is not a run.
     """
-    recording = _Recording(open_folder(directory), SignalStore.open(directory, partial=True).manifest)
+    recording = Recording(open_folder(directory), SignalStore.open(directory, partial=True).manifest)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    update = FlatUpdate(parameters, recording.plan.optimizer.rule)
+    update = FlatUpdate(parameters, recording.rules(parameters))
     return recording.estimate(update, model, options or ReplayOptions())
-
-
-class _Recording:
-    """What run.json and the stored states say of the training that is to be replayed."""
-
-    def __init__(self, folder: Folder, manifest: Mapping[str, Any]) -> None:
-        if "plan" not in manifest or manifest.get("sensitivity") not in ("replay", "both"):
-            raise ReplayError(
-                f"{folder.display} was not recorded for a replay; record it with "
-                "finfluence.train(..., sensitivity='replay')"
-            )
-        self.folder = folder
-        self.manifest = manifest
-        self.plan = Plan.from_dict(manifest["plan"])
-        self.n = int(manifest["n_samples"])
-        self.steps = self.plan.steps(self.n)
-        self.queries: list[str] = list(manifest["queries"])
-        sizes = manifest["panel"]
-        full = manifest["signals"] == "full"
-        panel = full_panel(self.n, sizes["positions"]) if full else NoisePanel(**sizes)
-        self.panel = panel if panel.samples else None
-        self.states = StateStore(folder)
-        self.cuts = self.states.steps()
-        if not self.cuts or self.cuts[-1] != self.steps or self.cuts[0] != 0:
-            raise ReplayError(
-                f"{folder.display} has states up to step {self.cuts[-1] if self.cuts else 'none'} of {self.steps}; "
-                "finish the training first (train with exist='resume')"
-            )
-
-    def estimate(self, update: FlatUpdate, model: nn.Module, options: ReplayOptions) -> ReplayPlan:
-        """What the replay will need."""
-        plan, evaluations = self.plan, 0
-        if self.panel is not None:
-            positions = min(self.panel.positions, plan.sampler.steps_per_epoch(self.n, plan.batch_size))
-            evaluations = min(self.panel.samples, self.n) * positions * plan.epochs
-        clip_exactly = plan.clip_norm is not None and options.clip_derivative == "exact"
-        itemsize = next(p.dtype.itemsize for p in model.parameters() if p.requires_grad)
-        return ReplayPlan.estimate(
-            options,
-            cuts=self.cuts,
-            queries=len(self.queries),
-            batch_size=plan.batch_size,
-            panel_evaluations=evaluations,
-            vectors=kept_vectors(update, clip_exactly=clip_exactly),
-            vector_bytes=update.layout.size * itemsize,
-            model_size=sum(p.numel() for p in model.parameters()),
-            training_seconds=self.manifest.get("training_seconds"),
-        )
-
-    def losses(self, steps: Sequence[int]) -> dict[int, float | None]:
-        """Recorded mean losses by step."""
-        table = SignalStore.open(self.folder.display, partial=True).steps()
-        frame = table.filter(pl.col("step").is_in(list(steps))).select("step", "loss").collect()
-        return dict(zip(frame["step"].to_list(), frame["loss"].to_list(), strict=True))
 
 
 class _Replay:
@@ -198,7 +142,7 @@ class _Replay:
         collate: Collate | None,
         options: ReplayOptions,
     ) -> None:
-        self.recording = recording = _Recording(folder, writer.manifest)
+        self.recording = recording = Recording(folder, writer.manifest)
         self.options, self.task = options, task
         if dataset_size(dataset) != recording.n:
             raise InputError(
@@ -208,8 +152,8 @@ class _Replay:
         if list(queries) != recording.queries:
             raise InputError(f"the run was recorded for the queries {recording.queries}, got {list(queries)}")
         check_model(model)
-        self.engine = Engine(task, model, dataset=dataset, plan=recording.plan, collate=collate)
-        self.update = FlatUpdate(self.engine.parameters, recording.plan.optimizer.rule)
+        self.engine = recording.engine(task, model, dataset=dataset, collate=collate)
+        self.update = FlatUpdate(self.engine.parameters, self.engine.rules)
         self.batches = query_batches(queries, collate=collate, device=self.engine.device)
         self.measured = self._measuring_steps()
         self.store = ReplayStore(folder, writer, queries=recording.queries)
@@ -272,7 +216,7 @@ class _Replay:
         """Weight of each step's beginning, and of the end, in what is measured."""
         plan = self.engine.plan
         epochs = self.options.measured(plan.epochs)
-        return dict.fromkeys(plan.measured_steps(epochs, self.engine.n), 1.0 / len(epochs))
+        return dict.fromkeys(self.engine.measured_steps(epochs), 1.0 / len(epochs))
 
     def _restore(self, step: int) -> None:
         restore_training_state(self.engine.model, self.engine.optimizer, self.recording.states.load(step))
@@ -349,11 +293,12 @@ class _Replay:
         where = f"found at the state before step {step}" if found is None else f"losses differ from step {found} on"
         then, now = self.recording.manifest.get("environment", {}).get("threads"), torch.get_num_threads()
         threads = "" if then in (None, now) else f" (recorded with {then} threads, now {now})"
+        loops = ", a task or denominators that are not the loop's" if self.recording.loop is not None else ""
         raise ReplayError(
             f"the re-executed parameters differ from the recorded ones by {difference:.1e} (limit {limit:.0e}); "
             f"{where}. Usual causes: the data changed or are transformed at random, the model is built differently or "
             f"is in another mode (train, eval), another machine or number of threads{threads}, non-deterministic "
-            "kernels; if the size is harmless, raise ReplayOptions.tolerance"
+            f"kernels{loops}; if the size is harmless, raise ReplayOptions.tolerance"
         )
 
     def _check_residuals(self, found: Sequence[StepSignals], walker: SegmentWalker) -> None:

@@ -16,8 +16,8 @@ from finfluence.signals._schema import IdDtype, check_samples
 SAMPLES_FILE = "samples.parquet"
 
 
-def write_samples(folder: Folder, frame: pl.DataFrame, *, id_dtype: IdDtype) -> None:
-    """Write the sample table, replacing one of the same samples, atomically.
+def write_samples(folder: Folder, frame: pl.DataFrame, *, id_dtype: IdDtype, grown: bool = False) -> None:
+    """Write the sample table, replacing one of the same samples (or of some of them, where it has `grown`), atomically.
 
     Raises:
         InputError: identifiers that cannot be used, other ones than the run's, or a column that Parquet cannot hold.
@@ -25,7 +25,10 @@ def write_samples(folder: Folder, frame: pl.DataFrame, *, id_dtype: IdDtype) -> 
     frame = check_samples(frame, id_dtype)
     if SAMPLES_FILE in folder.names():
         known = read_samples(folder, id_dtype)
-        if not known["sample"].equals(frame["sample"]):
+        same = (
+            known["sample"].is_in(frame["sample"].implode()).all() if grown else known["sample"].equals(frame["sample"])
+        )
+        if not same:
             raise InputError(
                 f"{folder.display} names other samples ({known.height}) than the sample table given "
                 f"({frame.height}); resume with the data set that the run was started with"

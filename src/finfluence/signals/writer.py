@@ -142,17 +142,18 @@ class SignalWriter(Appender):
         manifests.write_manifest(self._folder, updated)
         self._manifest = updated
 
-    def write_samples(self, frame: pl.DataFrame) -> None:
+    def write_samples(self, frame: pl.DataFrame, *, grown: bool = False) -> None:
         """Write the sample table, one row a sample.
 
         Args:
             frame: a column `sample` of unique identifiers in the run's type, and any further columns to read and group
                 by (label, text, source). On a resumed run it must name the samples that are already there.
+            grown: whether it may name further ones.
 
         Raises:
             InputError: identifiers that are missing, repeated, of the other type, or not those of the run.
         """
-        write_samples(self._folder, frame, id_dtype=self.id_dtype)
+        write_samples(self._folder, frame, id_dtype=self.id_dtype, grown=grown)
 
     def parts(self, table: Table) -> list[str]:
         """List the names of the table's parts on disk, e.g. to skip the segments that a replay has finished."""
