@@ -159,3 +159,39 @@ def test_queries_and_ids_are_checked_when_given(tmp_path: Path) -> None:
         InfluenceCallback({"q": 3}, tmp_path / "run")  # type: ignore[dict-item]
     with pytest.raises(InputError, match="give one of them"):
         InfluenceCallback({"q": query}, tmp_path / "run", ids=[1], id_fn=lambda batch: batch[2])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}, {"precision": "bf16-mixed"}]
+)
+def test_a_training_kept_for_a_replay_is_taken_again(tmp_path: Path, options: dict[str, Any]) -> None:
+    bare = fit(Module(), [], tmp_path, **options)
+    module = Module()
+    samples = pl.DataFrame({"sample": list(range(N))[::-1], "label": Y.tolist()[::-1]})
+    callback = InfluenceCallback({"q": query}, tmp_path / "run", sensitivity="both", samples=samples)
+    recorded = fit(module, [callback], tmp_path, **options)
+    assert torch.equal(bare[0], recorded[0])
+    assert torch.equal(bare[1], recorded[1])
+    run = callback.replay(module, Labelled(), show_progress="never")
+    assert run.manifest["replay"]["largest_mismatch"] < (1e-3 if "precision" in options else 1e-6)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in module.parameters()]), recorded[0])
+    assert run.samples()["sample"].to_list() == list(range(N))
+    assert run.influence("q")["mu"].is_finite().all()
+    # a new process has followed no loader
+    fresh = InfluenceCallback({"q": query}, tmp_path / "run")
+    with pytest.raises(InputError, match="followed no loader"):
+        fresh.replay(Module(), Labelled())
+    assert fresh.replay(Module(), Labelled(), dataset=loader().dataset).influence("q").equals(run.influence("q"))
+
+
+class Labelled(fi.ClassificationTask):
+    """Batches hold the samples' indices, too."""
+
+    def losses(self, model: Any, batch: Any) -> Tensor:
+        return super().losses(model, batch[:2])
+
+
+def test_clipping_by_value_cannot_be_replayed(tmp_path: Path) -> None:
+    callback = InfluenceCallback({"q": query}, tmp_path / "run", sensitivity="both")
+    with pytest.raises(InputError, match="clipped by value cannot be replayed"):
+        fit(Module(), [callback], tmp_path, gradient_clip_val=0.1, gradient_clip_algorithm="value")

@@ -241,9 +241,17 @@ def _labels_in(batch: Mapping[str, Any], model: nn.Module, *, default: int) -> i
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return default
-    if labels.ndim >= 2 and getattr(_base(model), "loss_type", None) == "ForCausalLM":
+    if labels.ndim >= 2 and loss_type(model) == "ForCausalLM":
         labels = labels[..., 1:]
     return int((labels != IGNORED).sum()) if not labels.is_floating_point() else default
+
+
+def loss_type(model: nn.Module) -> str | None:
+    """How Transformers names the loss of a model's class; None for a model that is not of its families."""
+    base = _base(model)
+    named = getattr(base, "loss_type", None)
+    # what Transformers itself falls back to, for classes whose name says nothing (GPT2LMHeadModel)
+    return "ForCausalLM" if named is None and hasattr(base, "loss_function") else named
 
 
 def _base(model: nn.Module) -> Any:

@@ -73,6 +73,11 @@ class BatchOrder:
         self._waiting: deque[np.ndarray] = deque()
 
     @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """The loader's collator."""
+        return self._base.collate_fn
+
+    @property
     def drop_last(self) -> bool:
         """Whether the loader drops an epoch's last, smaller batch."""
         return bool(getattr(self._sampler, "drop_last", False))

@@ -108,6 +108,11 @@ def sample_table(
     return samples
 
 
+def in_order(samples: pl.DataFrame, ids: np.ndarray) -> pl.DataFrame:
+    """The rows of a table of samples that a dataset has, in the dataset's order."""
+    return pl.DataFrame({"sample": ids}).join(samples, on="sample", how="left", maintain_order="left")
+
+
 def tokens_of(dataset: Any, row: int) -> list[int] | None:
     """The tokens of one row as the dataset holds them; None where it holds none or must not be read."""
     if not is_table(dataset):

@@ -9,6 +9,50 @@ import numpy as np
 from transformers import Trainer
 
 from finfluence.errors import InputError
+from finfluence.integrations._order import BatchOrder
+from finfluence.integrations._rows import is_table
+
+_ARGUMENTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "warmup_steps",
+    "max_grad_norm",
+    "weight_decay",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "seed",
+    "data_seed",
+    "packing",
+    "padding_free",
+    "max_length",
+)
+
+
+def describe_training(args: Any, order: BatchOrder, *, packed: bool, check: str) -> dict[str, Any]:
+    """Entries of run.json about a trainer's training.
+
+    Args:
+        args: the training arguments.
+        order: of its batches.
+        packed: whether a row is several of the user's.
+        check: how batches are compared with the dataset's rows.
+    """
+    settings = {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)}
+    plain = {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in settings.items()}
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    return {
+        "trainer": {
+            "arguments": plain | {"schedule": schedule},
+            "row_sampler": type(order.row_sampler).__name__,
+            "order_check": check if is_table(order.dataset) else "count",
+        },
+        "unit": "packed row" if packed else "row",
+        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+    }
 
 
 def running_trainer() -> Trainer | None:

@@ -6,6 +6,7 @@ Nothing of the module, its data or its optimizer is changed; training is bit for
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_size, check_trainable
 from finfluence.integrations._measures import check_measures
 from finfluence.integrations._order import BatchOrder
-from finfluence.runs import Recorder, Sampler
+from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Sampler, Task, replay
+from finfluence.runs._progress import ShowProgress
+from finfluence.runs.data import Collate
 
 Query = Callable[[Any], Tensor]
 
@@ -33,6 +36,12 @@ class InfluenceCallback(Callback):
     Example:
         queries = {"validation": lambda module: functional.cross_entropy(module(x), y)}
         Trainer(callbacks=[InfluenceCallback(queries, directory="runs/a")]).fit(module, loader)
+
+    Live signals rank. For calibrated ones the run is kept so that it can be replayed:
+
+        callback = InfluenceCallback(queries, directory="runs/a", sensitivity="both")
+        Trainer(callbacks=[callback]).fit(module, loader)
+        run = callback.replay(module, fi.ClassificationTask())
 
     Works with gradient accumulation and clipping, schedules and mixed precision, on one device and with one optimizer.
 
@@ -47,6 +56,10 @@ class InfluenceCallback(Callback):
         refresh: query gradients are evaluated at every `refresh`-th step.
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
+        sensitivity: "live", or "both" to keep the training's states and what its steps did, for `replay`.
+        signals: of the replay, "batch" or "full", as in `finfluence.train`.
+        panel: the replay's noise panel.
+        checkpoint_every: steps between stored states; None for the square root of their number.
 
     Raises:
         InputError: queries or options of another form.
@@ -64,6 +77,10 @@ class InfluenceCallback(Callback):
         refresh: int = 1,
         exist: Literal["error", "resume"] = "error",
         manifest: Mapping[str, Any] | None = None,
+        sensitivity: Literal["live", "both"] = "live",
+        signals: Literal["batch", "full"] = "batch",
+        panel: NoisePanel | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         if not isinstance(queries, Mapping) or not queries or not all(callable(q) for q in queries.values()):
             raise InputError('queries must map names to functions of the module, e.g. {"validation": lambda m: loss}')
@@ -74,6 +91,10 @@ class InfluenceCallback(Callback):
         self.id_dtype: Literal["int64", "str"] = id_dtype
         self.exist: Literal["error", "resume"] = exist
         self.refresh, self.manifest = refresh, dict(manifest or {})
+        self.sensitivity: Literal["live", "both"] = sensitivity
+        self._loop: dict[str, Any] = {"signals": signals, "panel": panel}
+        self._every = checkpoint_every
+        self._data: tuple[Any, Any] = (None, None)
         self.recorder: Recorder | None = None
         self._order: BatchOrder | None = None
         self._names: np.ndarray | None = None
@@ -103,7 +124,10 @@ class InfluenceCallback(Callback):
                 raise RecordingError("the recording was closed; make a new callback to record another run")
             ids = self.id_fn(batch) if self.id_fn is not None else self._next_ids()
             block = contextlib.ExitStack()
-            self._record = block.enter_context(self.recorder.batch(ids, epoch=trainer.current_epoch))
+            # Lightning divides the mean by the number of accumulated batches, also where an epoch's last step has fewer
+            shared = float(len(ids) * trainer.accumulate_grad_batches)
+            record = self.recorder.batch(ids, epoch=trainer.current_epoch, denominator=shared)
+            self._record = block.enter_context(record)
             self._block = block
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -147,6 +171,51 @@ class InfluenceCallback(Callback):
 
     # What follows is ours.
 
+    def replay(
+        self,
+        module: LightningModule,
+        task: Task,
+        *,
+        dataset: Any = None,
+        collate: Collate | None = None,
+        options: ReplayOptions | None = None,
+        show_progress: ShowProgress = "auto",
+    ) -> Run:
+        """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
+
+        Args:
+            module: that was trained; ends with the parameters of the finished training.
+            task: the samples' losses, whose mean over a batch `training_step` returns. It is given the trained
+                network: the module's child that holds all trained parameters, or the module itself.
+            dataset: of the training loader; by default the one that was followed.
+            collate: makes a batch of a list of samples; by default that loader's.
+            options: of the replay.
+            show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
+
+        Returns:
+            The run.
+
+        Raises:
+            InputError: no dataset.
+            ReplayError: the run is not one to replay, or its steps come out otherwise than recorded.
+        """
+        if dataset is None:
+            dataset, collate = self._data[0], collate or self._data[1]
+        if dataset is None:
+            raise InputError("the callback followed no loader in this process; give the training loader's dataset=")
+        module.train()
+        return replay(
+            self.directory,
+            task,
+            _recorded_module(module),
+            dataset=dataset,
+            # the module holds the network, so what is asked of it is asked of the replayed parameters
+            queries={name: lambda _, query=query: query(module) for name, query in self.queries.items()},
+            collate=collate,
+            options=options,
+            show_progress=show_progress,
+        )
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = _recorded_module(pl_module)
         check_trainable(model)
@@ -161,6 +230,11 @@ class InfluenceCallback(Callback):
         if self._order is not None and self._names is not None:
             samples, rows = _rows.sample_table(None, self._names, self.samples), len(self._names)
             sampler = self._order.sampler
+        loop: dict[str, Any] = {}
+        if self.sensitivity == "both":
+            loop = self._loop | _loop_settings(trainer, every=self._every)
+            if samples is not None and self._names is not None:
+                samples = _rows.in_order(samples, self._names)
         batch = (getattr(loader, "batch_size", None) or 0) * trainer.accumulate_grad_batches
         if rows is not None and batch:
             check_size(rows, batch)
@@ -187,6 +261,8 @@ class InfluenceCallback(Callback):
             | self.manifest,
             exist=self.exist,
             start=trainer.global_step,
+            sensitivity=self.sensitivity,
+            **loop,
         )
         self.recorder = recorder  # from here on `_close` takes its hooks away
         check_measures(model, recorder.parameters, measures)
@@ -203,7 +279,7 @@ class InfluenceCallback(Callback):
         order = BatchOrder(loader, abandoned=lambda: None)
         self._names = _rows.row_ids(order.dataset, None, self.ids, len(order.dataset))
         order.attach()
-        self._order = order
+        self._order, self._data = order, (order.dataset, order.collate)
 
     def _next_ids(self) -> np.ndarray:
         assert self._order is not None
@@ -237,6 +313,25 @@ class InfluenceCallback(Callback):
         except BaseException:
             self._close("failed")
             raise
+
+
+def _loop_settings(trainer: Trainer, *, every: int | None) -> dict[str, Any]:
+    """What `Recorder` is to know of a trainer's loop.
+
+    Raises:
+        InputError: settings under which a run cannot be replayed.
+    """
+    precision = str(trainer.precision)
+    if precision.startswith("16"):
+        raise InputError('scaled float16 gradients cannot be replayed; use precision="bf16-mixed", or live signals')
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise InputError("gradients clipped by value cannot be replayed; clip by norm, or record live signals")
+    steps = trainer.estimated_stepping_batches
+    return {
+        "clip_norm": trainer.gradient_clip_val or None,
+        "precision": "bfloat16-autocast" if precision == "bf16-mixed" else "float32",
+        "checkpoint_every": every or (math.ceil(math.sqrt(max(1, steps))) if math.isfinite(steps) else 32),
+    }
 
 
 def _check_trainer(trainer: Trainer, pl_module: LightningModule) -> None:

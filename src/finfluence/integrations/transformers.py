@@ -1,5 +1,7 @@
 """`InfluenceCallback`: records a Hugging Face `Trainer` (Transformers 5) or TRL `SFTTrainer` while it trains.
 
+With sensitivity "both" the run can be replayed afterwards, for signals that are calibrated.
+
 Nothing of the trainer, its dataset or its collator is changed. Row ids come from the order in which the trainer's own
 loader asks for rows; signals from hooks on the untouched modules; the step from the trainer's own optimizer. Training
 is bit for bit that without the callback.
@@ -23,41 +25,30 @@ from finfluence.errors import FinfluenceWarning, InputError, RecordingError
 from finfluence.gradients import evaluating
 from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_arguments, check_size, check_trainable
+from finfluence.integrations._contents import Contents
 from finfluence.integrations._layers import register_layers
-from finfluence.integrations._measures import QueryContext, check_measures, loss_of, measure_of
+from finfluence.integrations._measures import Measure, QueryContext, check_measures, loss_of, measure_of
 from finfluence.integrations._microbatch import MicroBatches
 from finfluence.integrations._order import BatchOrder
-from finfluence.integrations._trainer import is_reentrant, prepared_rows, running_trainer
-from finfluence.runs import Recorder
+from finfluence.integrations._trainer import describe_training, is_reentrant, prepared_rows, running_trainer
+from finfluence.integrations._trainer_replay import Denominators, loop_settings, task_of
+from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Task, replay
+from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import tensors_of
-
-_CHECKED_BATCHES = 4  # whose content is compared with the dataset, and then every _CHECK_EVERY-th
-_CHECK_EVERY = 50
-_ARGUMENTS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "warmup_steps",
-    "max_grad_norm",
-    "weight_decay",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "seed",
-    "data_seed",
-    "packing",
-    "padding_free",
-    "max_length",
-)
 
 
 class InfluenceCallback(TrainerCallback):
-    """Records the live signals of every training row while a Hugging Face trainer runs.
+    """Records every training row's signals while a Hugging Face trainer runs.
 
     Example:
         Trainer(..., callbacks=[InfluenceCallback({"behaviour": rows}, directory="runs/a", id_column="id")])
+
+    Live signals rank. For calibrated ones the run is kept so that it can be replayed:
+
+        callback = InfluenceCallback({"behaviour": rows}, directory="runs/a", sensitivity="both")
+        trainer = Trainer(..., callbacks=[callback])
+        trainer.train()
+        run = callback.replay(trainer)
 
     Works with LoRA and DoRA adapters and full fine-tuning, gradient accumulation and clipping, token-normalised losses
     (each row's share is its own token losses over the step's tokens), padding, packing (the packed row is the sample),
@@ -80,6 +71,10 @@ class InfluenceCallback(TrainerCallback):
             that rewrite tokens).
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
+        sensitivity: "live", or "both" to keep the training's states and what its steps did, for `replay`.
+        signals: of the replay, "batch" or "full", as in `finfluence.train`.
+        panel: the replay's noise panel.
+        checkpoint_every: steps between stored states; None for the square root of their number.
 
     Raises:
         InputError: queries or options of another form.
@@ -99,6 +94,10 @@ class InfluenceCallback(TrainerCallback):
         check: Literal["content", "count"] = "content",
         exist: Literal["error", "resume"] = "error",
         manifest: Mapping[str, Any] | None = None,
+        sensitivity: Literal["live", "both"] = "live",
+        signals: Literal["batch", "full"] = "batch",
+        panel: NoisePanel | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         if not isinstance(queries, Mapping) or not queries:
             raise InputError('queries must map names to what is measured, for example {"behaviour": rows}')
@@ -112,12 +111,17 @@ class InfluenceCallback(TrainerCallback):
         self.refresh, self.query_batch_size, self.max_query_length = refresh, query_batch_size, max_query_length
         self.check, self.manifest = check, dict(manifest or {})
         self.exist: Literal["error", "resume"] = exist
+        self.sensitivity: Literal["live", "both"] = sensitivity
+        self._loop: dict[str, Any] = {"signals": signals, "panel": panel}
+        self._every = checkpoint_every
         self.recorder: Recorder | None = None
         self._order: BatchOrder | None = None
         self._batches: MicroBatches | None = None
         self._names = np.empty(0, dtype=np.int64)
         self._in_epoch = False
-        self._skip = self._epoch = self._updates = self._checked = 0
+        self._contents = Contents(None, check)
+        self._denominators: Denominators | None = None
+        self._skip = self._epoch = self._updates = 0
 
     # What follows is called by the trainer.
 
@@ -191,6 +195,53 @@ class InfluenceCallback(TrainerCallback):
                 error = RecordingError("training did not finish")
                 recorder.__exit__(type(error), error, None)
 
+    def replay(
+        self,
+        trainer: Trainer,
+        *,
+        task: Task | None = None,
+        options: ReplayOptions | None = None,
+        show_progress: ShowProgress = "auto",
+    ) -> Run:
+        """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
+
+        In the process that trained, or in a new one with a callback of the same arguments and a trainer of the same
+        model, data, collator and training arguments; a replay that was killed goes on.
+
+        Args:
+            trainer: whose training was recorded with sensitivity "both". Its model ends with the parameters of the
+                finished training.
+            task: the rows' losses, whose sum over a micro-batch the trainer divides by the number of labels; needed
+                for losses other than the model's own cross-entropy.
+            options: of the replay.
+            show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
+
+        Returns:
+            The run.
+
+        Raises:
+            InputError: a loss that needs a task.
+            ReplayError: the run is not one to replay, or its steps come out otherwise than recorded.
+        """
+        register_layers()
+        model: Any = trainer.model
+        task = task or task_of(trainer, model)
+        with _rows.undisturbed():
+            loader = trainer.get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)
+        context, measures = self._measures(model, loader, base.dataset, trainer.processing_class)
+        model.train()
+        return replay(
+            self.directory,
+            task,
+            model,
+            dataset=base.dataset,
+            queries=measures,
+            collate=context.collate,
+            options=options,
+            show_progress=show_progress,
+        )
+
     def _begin(self, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         register_layers()
         model, loader, trainer = given["model"], given["train_dataloader"], running_trainer()
@@ -208,20 +259,19 @@ class InfluenceCallback(TrainerCallback):
         samples = _rows.sample_table(
             original if not packed else None, self._names, self.samples, id_column=self.id_column
         )
-        context = QueryContext(
-            model,
-            given.get("processing_class"),
-            getattr(loader, "base_dataloader", loader).collate_fn,
-            getattr(dataset, "column_names", None),
-            self.query_batch_size,
-            self.max_query_length,
-        )
-        measures = {name: measure_of(query, name, context) for name, query in self.queries.items()}
+        loop: dict[str, Any] = {}
+        if self.sensitivity == "both":
+            loop = self._loop | loop_settings(args, steps=state.max_steps, every=self._every)
+            samples = _rows.in_order(samples, self._names)
+            with _rows.undisturbed():
+                batch = dict(self._order.collate([dataset[0]])) if _rows.is_table(dataset) else None
+                self._denominators = Denominators(trainer, model, batch)
+        context, measures = self._measures(model, loader, dataset, given.get("processing_class"))
         self._check_loss(model, trainer, context)
         self._updates = max(-(-len(loader) // accumulate), 1)
         self._epoch = state.global_step // self._updates - 1
         skipped = 0 if args.ignore_data_skip else state.global_step % self._updates * accumulate
-        self._skip, self._checked = skipped, 0
+        self._skip, self._contents = skipped, Contents(dataset, self.check)
         recorder = Recorder(
             model,
             _torch_optimizer(given["optimizer"]),
@@ -233,15 +283,31 @@ class InfluenceCallback(TrainerCallback):
             rows="several",
             sampler=self._order.sampler,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            manifest=self._describe(args, packed=packed),
+            manifest=describe_training(args, self._order, packed=packed, check=self.check) | self.manifest,
             exist=self.exist,
             start=state.global_step,
+            sensitivity=self.sensitivity,
+            **loop,
         )
         self.recorder = recorder  # from here on `close` takes its hooks away
         check_measures(model, recorder.parameters, measures)
         recorder.__enter__()
         self._batches = MicroBatches(model, self._batch, self._note_loss)
         self._order.attach()
+
+    def _measures(
+        self, model: nn.Module, loader: Any, dataset: Any, tokenizer: Any
+    ) -> tuple[QueryContext, dict[str, Measure]]:
+        """How rows become batches, and what is measured."""
+        context = QueryContext(
+            model,
+            tokenizer,
+            getattr(loader, "base_dataloader", loader).collate_fn,
+            getattr(dataset, "column_names", None),
+            self.query_batch_size,
+            self.max_query_length,
+        )
+        return context, {name: measure_of(query, name, context) for name, query in self.queries.items()}
 
     def _row_names(self, dataset: Any, args: Any, rows: int, *, packed: bool) -> np.ndarray:
         if packed:
@@ -260,67 +326,23 @@ class InfluenceCallback(TrainerCallback):
             return prepared_rows(dataset, args, rows)
         return _rows.row_ids(dataset, self.id_column, self.ids, rows)
 
-    def _describe(self, args: Any, *, packed: bool) -> dict[str, Any]:
-        settings = {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)}
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        assert self._order is not None
-        described = {
-            "trainer": {
-                "arguments": {
-                    k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in settings.items()
-                }
-                | {"schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))},
-                "row_sampler": type(self._order.row_sampler).__name__,
-                "order_check": self.check if _rows.is_table(self._order.dataset) else "count",
-            },
-            "unit": "packed row" if packed else "row",
-            "batch_size": batch,
-        }
-        return described | self.manifest
-
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         """The recorder's block for the micro-batch that the model is being called with."""
         with self._closing():
             recorder, order, _ = self._parts()
-            rows = order.next()
+            contents, rows = self._contents, order.next()
             tensor = _rows_of(args, kwargs)
             ids = self._names[rows]
             if tensor is None or tensor.shape[0] == len(rows):
-                self._check_content(kwargs.get("input_ids"), rows, step=recorder.step)
-                return recorder.batch(ids)
+                contents.check_batch(kwargs.get("input_ids"), rows, step=recorder.step)
+                shares = self._denominators
+                return recorder.batch(ids, denominator=None if shares is None else shares.of(kwargs))
             if tensor.shape[0] == 1 and tensor.ndim >= 2:
-                return recorder.batch(ids, segments=self._segments(tensor, rows, step=recorder.step))
+                return recorder.batch(ids, segments=contents.segments(tensor, rows, step=recorder.step))
             raise RecordingError(
                 f"the batch at step {recorder.step} has {tensor.shape[0]} rows for the {len(rows)} that the sampler "
                 "asked for; the collator must make one row of each"
             )
-
-    def _check_content(self, tokens: Any, rows: np.ndarray, *, step: int) -> None:
-        self._checked += 1
-        seldom = self._checked > _CHECKED_BATCHES and self._checked % _CHECK_EVERY
-        if self.check != "content" or seldom or not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            return
-        assert self._order is not None
-        mine = [_rows.tokens_of(self._order.dataset, int(row)) for row in rows]
-        if all(m is not None for m in mine):
-            _rows.check_tokens(tokens, rows.tolist(), [m for m in mine if m is not None], step=step)
-
-    def _segments(self, tensor: Tensor, rows: np.ndarray, *, step: int) -> tuple[list[int], int]:
-        """Lengths of the rows that a padding-free collator wrote one behind the other."""
-        assert self._order is not None
-        tokens = [_rows.tokens_of(self._order.dataset, int(row)) for row in rows]
-        lengths = [len(t) for t in tokens if t is not None]
-        if len(lengths) < len(rows) or sum(lengths) > tensor.shape[1]:
-            raise RecordingError(
-                f"the batch at step {step} is one row of {tensor.shape[1]} entries for {len(rows)} rows of the "
-                "training set, whose lengths do not add up to it; use a collator that keeps one row each "
-                "(padding_free=False)"
-            )
-        if self.check == "content" and tensor.ndim == 2 and not tensor.is_floating_point():
-            parts = tensor[0, : sum(lengths)].split(lengths)
-            for i, (part, mine) in enumerate(zip(parts, tokens, strict=True)):
-                _rows.check_tokens(part[None], [int(rows[i])], [mine or []], step=step)
-        return lengths, tensor.shape[1]
 
     def _note_loss(self, record: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         loss = loss_of(output)

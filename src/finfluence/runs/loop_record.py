@@ -103,7 +103,6 @@ def build_optimizer(loop: Mapping[str, Any], parameters: Mapping[str, nn.Paramet
         {k: tuple(v) if isinstance(v, list) else v for k, v in group["options"].items()}
         | {"params": [parameters[name] for name in group["parameters"]]}
         for group in loop["groups"]
-        if group["parameters"]
     ]
     return getattr(torch.optim, loop["optimizer"])(groups, lr=0.0)
 

@@ -130,15 +130,16 @@ class ExactHessian(BatchHessian):
     def _pull(self, directions: Tensor, *, batched: bool) -> tuple[Tensor, Tensor]:
         along = list(self.layout.unflatten(directions).values()) if self._named else [directions]
         pairs = [(g, q) for g, q in zip(self._gradients, along, strict=True) if g.requires_grad]
-        found = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            self._leaves if self._weights is None else [*self._leaves, self._weights],
-            [q for _, q in pairs],
-            retain_graph=True,
-            is_grads_batched=batched,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # checkpointed layers run again here, and must be what they were
+            found = torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                self._leaves if self._weights is None else [*self._leaves, self._weights],
+                [q for _, q in pairs],
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         lead = directions.shape[:-1]
         if self._weights is None:
             return self._flat(found, lead), directions.new_zeros(*lead, 0)
