@@ -17,7 +17,11 @@ from torch.utils.data import TensorDataset
 
 import finfluence as fi
 from finfluence.errors import FinfluenceWarning
-from finfluence.runs import ReplayOptions
+from finfluence.gradients import HookedDerivatives
+from finfluence.runs import Engine, Plan, ReplayOptions
+from finfluence.runs._batch_terms import DifferenceTerms, ExactTerms
+from finfluence.runs.engine import isolated_rng
+from finfluence.sensitivity import Layout
 
 LENGTH, VOCABULARY, WIDTH = 5, 11, 8
 
@@ -157,7 +161,7 @@ def test_float32_agrees_with_float64(tmp_path, method, optimizer):
 
 @pytest.mark.parametrize("method", ["exact", "one-sided"])
 def test_bfloat16_autocast_agrees_roughly(tmp_path, method):
-    """Correlation with the float32 replay above 0.99, and a slope within 10 %."""
+    """Correlation with the float32 replay above 0.99, and a slope within 10 %; without autocast in the products."""
     runs = {}
     for precision in ("float32", "bfloat16-autocast"):
         with warnings.catch_warnings():
@@ -174,6 +178,37 @@ def test_bfloat16_autocast_agrees_roughly(tmp_path, method):
     expected, found = (_table(runs[p])["several"].to_numpy() for p in ("float32", "bfloat16-autocast"))
     assert np.corrcoef(found, expected)[0, 1] > 0.99
     assert 0.9 < (found @ expected) / (expected @ expected) < 1.1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_differences_under_autocast_are_as_good_as_in_float32(dropout):
+    """Hessian products of a bfloat16-autocast training against exact float32 ones; rounded to 8 bits they are noise."""
+    model = problems.mlp(torch.float32, dropout=dropout)
+    found = {}
+    for precision in ("float32", "bfloat16-autocast"):
+        plan = Plan(optimizer=fi.SGD(lr=0.1), epochs=1, batch_size=8, precision=precision)
+        engine = Engine(problems.TASK, model, dataset=problems.dataset(torch.float32), plan=plan)
+        layout = Layout.of(engine.parameters)
+        theta = layout.flatten({name: p.detach() for name, p in engine.parameters.items()})
+        q = torch.randn(2, layout.size, generator=torch.Generator().manual_seed(0))
+        rows, hooks = np.arange(8), HookedDerivatives(model, engine.parameters)
+        exact, differences = (
+            ExactTerms(engine, layout),
+            DifferenceTerms(engine, layout, method="one-sided", hooks=hooks),
+        )
+        for name, terms in (("exact", exact), ("differences", differences)):
+            with isolated_rng(engine.device):
+                engine.seed(0)
+                found[name, precision] = terms.evaluate(rows, 8.0, theta, q=q)
+        hooks.remove()
+    exact = found["exact", "float32"].curvature
+    error = (found["differences", "bfloat16-autocast"].curvature - exact).norm() / exact.norm()
+    assert error < 1e-2
+    # signals and loss stay those of the training's own precision
+    own, other = (found[name, "bfloat16-autocast"] for name in ("differences", "exact"))
+    assert own.loss == pytest.approx(other.loss, rel=1e-6)
+    assert own.loss != pytest.approx(found["exact", "float32"].loss, rel=1e-6)
+    torch.testing.assert_close(own.values, other.values.to(own.values), rtol=0.05, atol=0.05)
 
 
 def test_a_residual_above_the_tolerance_is_warned_of(tmp_path, monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,6 +121,23 @@ def _labels(kind: str | None, batch: Mapping[str, Any]) -> int | None:
     if kind in _SHIFTED:
         labels = labels[:, 1:]
     return int((labels != IGNORED).sum())
+
+
+@contextlib.contextmanager
+def plain_forward(model: Any) -> Iterator[None]:
+    """A block in which the model's forward is its own, without the autocast that Accelerate put around it.
+
+    The replay puts the recorded precision around it itself, but for the differences of its Hessian products.
+    """
+    wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if wrapped is None or own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def loop_settings(args: Any, *, steps: int, every: int | None) -> dict[str, Any]:

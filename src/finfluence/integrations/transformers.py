@@ -31,7 +31,7 @@ from finfluence.integrations._measures import Measure, QueryContext, check_measu
 from finfluence.integrations._microbatch import MicroBatches
 from finfluence.integrations._order import BatchOrder
 from finfluence.integrations._trainer import describe_training, is_reentrant, prepared_rows, running_trainer
-from finfluence.integrations._trainer_replay import Denominators, loop_settings, task_of
+from finfluence.integrations._trainer_replay import Denominators, loop_settings, plain_forward, task_of
 from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Task, replay
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import tensors_of
@@ -231,16 +231,17 @@ class InfluenceCallback(TrainerCallback):
         base = getattr(loader, "base_dataloader", loader)
         context, measures = self._measures(model, loader, base.dataset, trainer.processing_class)
         model.train()
-        return replay(
-            self.directory,
-            task,
-            model,
-            dataset=base.dataset,
-            queries=measures,
-            collate=context.collate,
-            options=options,
-            show_progress=show_progress,
-        )
+        with plain_forward(model):
+            return replay(
+                self.directory,
+                task,
+                model,
+                dataset=base.dataset,
+                queries=measures,
+                collate=context.collate,
+                options=options,
+                show_progress=show_progress,
+            )
 
     def _begin(self, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         register_layers()

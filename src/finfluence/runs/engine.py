@@ -172,10 +172,10 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def losses(self, model: Any, indices: np.ndarray) -> Tensor:
-        """(b,) losses of the given rows, checked for shape."""
+    def losses(self, model: Any, indices: np.ndarray, *, precise: bool = False) -> Tensor:
+        """(b,) losses of the given rows, checked for shape; `precise` ones are computed without the plan's autocast."""
         data = take(self.dataset, indices, collate=self.collate, device=self.device)
-        with self.autocast():
+        with contextlib.nullcontext() if precise else self.autocast():
             losses = self.task.losses(model, data)
         if losses.shape != (len(indices),):
             raise InputError(

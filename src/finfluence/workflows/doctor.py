@@ -337,10 +337,9 @@ class _Subject:
                 for name, value in parameters.items():
                     engine.parameters[name].copy_(value)
             seed_step(self.plan.seed, self.batch.step, device=engine.device)
-            return gradients_of(engine.losses(engine.model, self.rows).mean(), engine)
+            # a replay takes them without autocast, too
+            return gradients_of(engine.losses(engine.model, self.rows, precise=True).mean(), engine)
 
-        if engine.plan.precision == "bfloat16-autocast":
-            precision = torch.bfloat16
         try:
             made = batch_hessian(theta, gradient=gradient, method=method, layout=layout, precision=precision)
             return made.product(direction.to(next(iter(theta.values())).dtype))
