@@ -161,6 +161,41 @@ def test_signals_are_those_of_the_reference_loop(tmp_path: Path) -> None:
             np.testing.assert_allclose(mine[column].to_numpy(), theirs[column].to_numpy(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_loop_recorded_for_a_replay_alone(tmp_path: Path, named: bool) -> None:
+    """Without live signals: nothing is on the model, no query is evaluated, and the replay gives the same."""
+    names = [f"row {i}" for i in range(N)] if named else None
+    samples = None if names is None else pl.DataFrame({"sample": names})
+    asked = []
+
+    def measure(net: nn.Module) -> Tensor:
+        asked.append(1)
+        x, y = data(6, seed=4).tensors
+        return functional.cross_entropy(net(x), y)
+
+    found = []
+    for sensitivity in ("both", "replay"):
+        net = model(3, dropout=0.3)
+        optimizer = adamw(net)
+        torch.manual_seed(4)
+        settings: dict[str, Any] = {"sensitivity": sensitivity, "panel": PANEL, "checkpoint_every": 4}
+        record = fi.Recorder(
+            net, optimizer, queries={"first": measure}, directory=tmp_path / sensitivity, samples=samples, **settings
+        )
+        with record:
+            asked.clear()
+            assert bool([m for m in net.modules() if m._forward_hooks]) == (sensitivity == "both")
+            loop(net, optimizer, record, accumulate=2, names=names)
+            assert bool(asked) == (sensitivity == "both")
+        run = replayed(tmp_path / sensitivity, net, queries={"first": measure})
+        assert run.sensitivity == sensitivity
+        assert run.steps()["residual"].null_count() == (12 if sensitivity == "replay" else 0)
+        found.append(run.influence("first"))
+    assert found[0].equals(found[1])
+    with pytest.raises(InputError, match="live"):
+        run.influence("first", sensitivity="live")
+
+
 def test_names_stand_for_the_rows_of_the_sample_table(tmp_path: Path) -> None:
     names = [f"row {i}" for i in range(N)][::-1]
     results = []
@@ -207,7 +242,8 @@ def test_measuring_on_the_way_follows_the_loops_own_epochs(tmp_path: Path) -> No
         replayed(tmp_path / "run", net, options=fi.ReplayOptions(measure_epochs=(0.01, 3)))
 
 
-def test_a_resumed_loop_is_that_without_the_interruption(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sensitivity", ["both", "replay"])
+def test_a_resumed_loop_is_that_without_the_interruption(tmp_path: Path, sensitivity: str) -> None:
     """The loop stops after a checkpoint of its own in the middle of a segment, and goes on from it."""
     batches = epochs()
     results: list[pl.DataFrame] = []
@@ -217,7 +253,8 @@ def test_a_resumed_loop_is_that_without_the_interruption(tmp_path: Path) -> None
         optimizer = adamw(net)
         directory = tmp_path / f"{stops}"
         if stops:
-            with pytest.raises(KeyboardInterrupt), recorder(net, optimizer, directory) as record:  # noqa: PT012
+            record = recorder(net, optimizer, directory, sensitivity=sensitivity)
+            with pytest.raises(KeyboardInterrupt), record:  # noqa: PT012
                 _steps(net, optimizer, record, batches[:10])
                 record.flush()
                 saved.append(copy.deepcopy((net.state_dict(), optimizer.state_dict())))
@@ -228,7 +265,7 @@ def test_a_resumed_loop_is_that_without_the_interruption(tmp_path: Path) -> None
             net.load_state_dict(saved[0][0])
             optimizer.load_state_dict(saved[0][1])
         start = 10 if stops else 0
-        with recorder(net, optimizer, directory, exist="resume", start=start) as record:
+        with recorder(net, optimizer, directory, exist="resume", start=start, sensitivity=sensitivity) as record:
             _steps(net, optimizer, record, batches[start:], first=start)
         run = replayed(directory, net)
         assert run.manifest["total_steps"] == 21
@@ -326,8 +363,8 @@ def test_what_a_replay_could_not_repeat_is_refused_while_recording(tmp_path: Pat
     for name, value in {"signals": "all", "precision": "half", "checkpoint_every": 0, "clip_norm": -1.0}.items():
         with pytest.raises(InputError, match=name):
             recorder(net, optimizer, tmp_path / "settings", **{name: value})
-    with pytest.raises(InputError, match="sensitivity 'replay'"):
-        recorder(net, optimizer, tmp_path / "settings", sensitivity="replay")
+    with pytest.raises(InputError, match="unknown sensitivity 'all'"):
+        recorder(net, optimizer, tmp_path / "settings", sensitivity="all")
 
 
 def test_another_loss_or_denominator_is_found_out(tmp_path: Path) -> None:
@@ -361,7 +398,7 @@ def test_an_unfinished_loop_is_not_replayed(tmp_path: Path) -> None:
         replayed(tmp_path / "run", net)
     with fi.Recorder(net, sgd(net), queries=measures(), directory=tmp_path / "live") as record:
         _steps(net, record.optimizer, record, epochs()[:9])
-    with pytest.raises(ReplayError, match="sensitivity='both'"):
+    with pytest.raises(ReplayError, match="record it with sensitivity='replay'"):
         replayed(tmp_path / "live", net)
 
 

@@ -24,6 +24,7 @@ from finfluence.integrations._checks import check_size, check_trainable
 from finfluence.integrations._measures import check_measures
 from finfluence.integrations._order import BatchOrder
 from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Sampler, Task, replay
+from finfluence.runs._manifest import SensitivityKind
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import Collate
 
@@ -39,7 +40,7 @@ class InfluenceCallback(Callback):
 
     Live signals rank. For calibrated ones the run is kept so that it can be replayed:
 
-        callback = InfluenceCallback(queries, directory="runs/a", sensitivity="both")
+        callback = InfluenceCallback(queries, directory="runs/a", sensitivity="replay")
         Trainer(callbacks=[callback]).fit(module, loader)
         run = callback.replay(module, fi.ClassificationTask())
 
@@ -56,7 +57,8 @@ class InfluenceCallback(Callback):
         refresh: query gradients are evaluated at every `refresh`-th step.
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
-        sensitivity: "live", or "both" to keep the training's states and what its steps did, for `replay`.
+        sensitivity: "live"; "replay" to record no signals and keep the training's states and what its steps did, for
+            `replay`, which costs next to nothing; or "both".
         signals: of the replay, "batch" or "full", as in `finfluence.train`.
         panel: the replay's noise panel.
         checkpoint_every: steps between stored states; None for the square root of their number.
@@ -77,7 +79,7 @@ class InfluenceCallback(Callback):
         refresh: int = 1,
         exist: Literal["error", "resume"] = "error",
         manifest: Mapping[str, Any] | None = None,
-        sensitivity: Literal["live", "both"] = "live",
+        sensitivity: SensitivityKind = "live",
         signals: Literal["batch", "full"] = "batch",
         panel: NoisePanel | None = None,
         checkpoint_every: int | None = None,
@@ -91,7 +93,7 @@ class InfluenceCallback(Callback):
         self.id_dtype: Literal["int64", "str"] = id_dtype
         self.exist: Literal["error", "resume"] = exist
         self.refresh, self.manifest = refresh, dict(manifest or {})
-        self.sensitivity: Literal["live", "both"] = sensitivity
+        self.sensitivity: SensitivityKind = sensitivity
         self._loop: dict[str, Any] = {"signals": signals, "panel": panel}
         self._every = checkpoint_every
         self._data: tuple[Any, Any] = (None, None)
@@ -231,7 +233,7 @@ class InfluenceCallback(Callback):
             samples, rows = _rows.sample_table(None, self._names, self.samples), len(self._names)
             sampler = self._order.sampler
         loop: dict[str, Any] = {}
-        if self.sensitivity == "both":
+        if self.sensitivity != "live":
             loop = self._loop | _loop_settings(trainer, every=self._every)
             if samples is not None and self._names is not None:
                 samples = _rows.in_order(samples, self._names)

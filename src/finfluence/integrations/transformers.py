@@ -1,6 +1,6 @@
 """`InfluenceCallback`: records a Hugging Face `Trainer` (Transformers 5) or TRL `SFTTrainer` while it trains.
 
-With sensitivity "both" the run can be replayed afterwards, for signals that are calibrated.
+With sensitivity "replay" or "both" the run can be replayed afterwards, for signals that are calibrated.
 
 Nothing of the trainer, its dataset or its collator is changed. Row ids come from the order in which the trainer's own
 loader asks for rows; signals from hooks on the untouched modules; the step from the trainer's own optimizer. Training
@@ -33,6 +33,7 @@ from finfluence.integrations._order import BatchOrder
 from finfluence.integrations._trainer import describe_training, is_reentrant, prepared_rows, running_trainer
 from finfluence.integrations._trainer_replay import Denominators, loop_settings, plain_forward, task_of
 from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Task, replay
+from finfluence.runs._manifest import SensitivityKind
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import tensors_of
 
@@ -45,7 +46,7 @@ class InfluenceCallback(TrainerCallback):
 
     Live signals rank. For calibrated ones the run is kept so that it can be replayed:
 
-        callback = InfluenceCallback({"behaviour": rows}, directory="runs/a", sensitivity="both")
+        callback = InfluenceCallback({"behaviour": rows}, directory="runs/a", sensitivity="replay")
         trainer = Trainer(..., callbacks=[callback])
         trainer.train()
         run = callback.replay(trainer)
@@ -71,7 +72,8 @@ class InfluenceCallback(TrainerCallback):
             that rewrite tokens).
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
-        sensitivity: "live", or "both" to keep the training's states and what its steps did, for `replay`.
+        sensitivity: "live"; "replay" to record no signals and keep the training's states and what its steps did, for
+            `replay`, which costs next to nothing; or "both".
         signals: of the replay, "batch" or "full", as in `finfluence.train`.
         panel: the replay's noise panel.
         checkpoint_every: steps between stored states; None for the square root of their number.
@@ -94,7 +96,7 @@ class InfluenceCallback(TrainerCallback):
         check: Literal["content", "count"] = "content",
         exist: Literal["error", "resume"] = "error",
         manifest: Mapping[str, Any] | None = None,
-        sensitivity: Literal["live", "both"] = "live",
+        sensitivity: SensitivityKind = "live",
         signals: Literal["batch", "full"] = "batch",
         panel: NoisePanel | None = None,
         checkpoint_every: int | None = None,
@@ -111,7 +113,7 @@ class InfluenceCallback(TrainerCallback):
         self.refresh, self.query_batch_size, self.max_query_length = refresh, query_batch_size, max_query_length
         self.check, self.manifest = check, dict(manifest or {})
         self.exist: Literal["error", "resume"] = exist
-        self.sensitivity: Literal["live", "both"] = sensitivity
+        self.sensitivity: SensitivityKind = sensitivity
         self._loop: dict[str, Any] = {"signals": signals, "panel": panel}
         self._every = checkpoint_every
         self.recorder: Recorder | None = None
@@ -209,8 +211,8 @@ class InfluenceCallback(TrainerCallback):
         model, data, collator and training arguments; a replay that was killed goes on.
 
         Args:
-            trainer: whose training was recorded with sensitivity "both". Its model ends with the parameters of the
-                finished training.
+            trainer: whose training was recorded with sensitivity "replay" or "both"; its model ends with the parameters
+                of the finished training.
             task: the rows' losses, whose sum over a micro-batch the trainer divides by the number of labels; needed
                 for losses other than the model's own cross-entropy.
             options: of the replay.
@@ -261,7 +263,7 @@ class InfluenceCallback(TrainerCallback):
             original if not packed else None, self._names, self.samples, id_column=self.id_column
         )
         loop: dict[str, Any] = {}
-        if self.sensitivity == "both":
+        if self.sensitivity != "live":
             loop = self._loop | loop_settings(args, steps=state.max_steps, every=self._every)
             samples = _rows.in_order(samples, self._names)
             with _rows.undisturbed():

@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
-from finfluence.runs._manifest import SignalKind
+from finfluence.runs._manifest import SignalKind, check_choice
 from finfluence.runs._replay_store import ReplayStore
 from finfluence.runs.data import model_device
-from finfluence.runs.loop_record import LOOP_FOLDER, LoopPart, LoopStep, RandomState, packed_steps, random_state
+from finfluence.runs.loop_record import (
+    LOOP_FOLDER,
+    LoopPart,
+    LoopStep,
+    RandomState,
+    packed_steps,
+    random_state,
+    read_steps,
+)
 from finfluence.runs.panel import NoisePanel
 from finfluence.runs.plan import OptimizerConfig, Plan, Precision
 from finfluence.runs.sampling import Sampler
@@ -48,9 +56,8 @@ class LoopSettings:
     precision: Precision
 
     def __post_init__(self) -> None:
-        for name, value, kinds in (("signals", self.signals, SignalKind), ("precision", self.precision, Precision)):
-            if value not in get_args(kinds):
-                raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(get_args(kinds))}")
+        check_choice("signals", self.signals, get_args(SignalKind))
+        check_choice("precision", self.precision, get_args(Precision))
         if self.checkpoint_every < 1:
             raise InputError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -88,7 +95,8 @@ class LoopRecord:
             )
         _check_optimizer(optimizer, {name: p for name, p in model.named_parameters() if p.requires_grad})
         self.model, self.optimizer, self.settings = model, optimizer, settings
-        self._rows = None if samples is None else {name: i for i, name in enumerate(samples["sample"].to_list())}
+        self._names = None if samples is None else samples["sample"].to_list()
+        self._rows = None if self._names is None else {name: row for row, name in enumerate(self._names)}
         self._device = model_device(model)
         self._last: int | None = None
         self._steps: list[LoopStep] = []
@@ -104,7 +112,6 @@ class LoopRecord:
         self._states, self._segments = StateStore(folder), StateStore(folder, LOOP_FOLDER)
         settings = self.settings
         return {
-            "sensitivity": "both",
             "signals": settings.signals,
             "panel": {"samples": settings.panel.samples, "positions": settings.panel.positions},
             "checkpoint_every": settings.checkpoint_every,
@@ -124,6 +131,19 @@ class LoopRecord:
         self._last = step or None
         if step:
             self._tally = _Tally.read(self._segments.load(step))
+
+    def visits(self) -> pl.DataFrame:
+        """step and sample of every visit up to the last stored state."""
+        step, found = 0, [pl.DataFrame({"step": [], "sample": []}, schema={"step": pl.Int64, "sample": pl.Int64})]
+        for cut in self._segments.steps():
+            for done in read_steps(self._segments.directory, cut):
+                rows = np.concatenate([part.rows for part in done.parts])
+                found.append(pl.DataFrame({"step": np.full(len(rows), step), "sample": rows}))
+                step += 1
+        visits = pl.concat(found)
+        if self._names is None:
+            return visits
+        return visits.with_columns(sample=pl.Series("sample", self._names)[visits["sample"]])
 
     def due(self, step: int) -> bool:
         """Whether the state before `step` is to be stored."""

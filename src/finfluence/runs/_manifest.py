@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from finfluence.errors import InputError
 from finfluence.runs.plan import Plan
 from finfluence.runs.sampling import Sampler
 from finfluence.tradeoff import SIGN_CONVENTION
@@ -16,6 +17,16 @@ from finfluence.tradeoff import SIGN_CONVENTION
 SensitivityKind = Literal["live", "replay", "both"]
 SignalKind = Literal["batch", "full"]
 _PACKAGES = ("finfluence", "torch", "numpy", "polars", "pyarrow")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses an unknown value of an option.
+
+    Raises:
+        InputError: it is not one of the choices.
+    """
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
 def environment() -> dict[str, Any]:
@@ -39,9 +50,9 @@ def environment() -> dict[str, Any]:
 
 
 def describe_run(
-    *,
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
+    *,
     seed: int | None,
     sensitivity: SensitivityKind,
     signals: SignalKind,

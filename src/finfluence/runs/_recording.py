@@ -38,7 +38,7 @@ class Recording:
         if "plan" not in manifest or manifest.get("sensitivity") not in ("replay", "both"):
             raise ReplayError(
                 f"{folder.display} was not recorded for a replay; record it with "
-                "finfluence.train(..., sensitivity='replay'), or a loop of your own with sensitivity='both'"
+                "sensitivity='replay' (finfluence.train, or Recorder and the callbacks for a loop of your own)"
                 if manifest.get("sensitivity") not in ("replay", "both")
                 else f"the loop of {folder.display} has not finished; a replay starts from its end"
             )

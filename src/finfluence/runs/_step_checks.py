@@ -15,20 +15,21 @@ from finfluence.runs._identity import tolerance
 from finfluence.signals import Folder, SignalStore, check_same, holds_run, read_manifest
 
 
-def check_resumed(folder: Folder, *, step: int, stored: Collection[int] | None) -> None:
+def check_resumed(folder: Folder, *, step: int, stored: Collection[int] | None, sensitivity: str) -> None:
     """Refuses to go on with a run at a step that it has not reached, or as another kind of recording.
 
     Args:
         folder: the run directory; without a run there is nothing to refuse.
         step: at which it is resumed.
         stored: steps before which the run keeps a state; None where only live signals are recorded.
+        sensitivity: "live", "replay" or "both".
 
     Raises:
         StoreError: it cannot be gone on with.
     """
     if not holds_run(folder):
         return
-    check_same(folder, read_manifest(folder), sensitivity="live" if stored is None else "both")
+    check_same(folder, read_manifest(folder), sensitivity=sensitivity)
     last = SignalStore.open(folder.display, partial=True).steps().select(pl.col("step").max()).collect().item()
     last = -1 if last is None else last
     if last + 1 < step:
@@ -105,4 +106,4 @@ class StepChecks:
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, FinfluenceWarning, stacklevel=6)  # out of our frames and torch's step
+            warnings.warn(message, FinfluenceWarning, stacklevel=7)  # out of our frames and torch's step

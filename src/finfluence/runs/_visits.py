@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError
-from finfluence.signals import IdDtype, SignalStore, SignalTable
+from finfluence.signals import IdDtype
 
 
 class EpochCounter:
@@ -35,21 +35,21 @@ class EpochCounter:
         """Distinct samples seen so far."""
         return len(self._seen)
 
-    def go_on(self, store: SignalStore, *, table: SignalTable) -> None:
+    def go_on(self, steps: pl.LazyFrame, visits: pl.LazyFrame) -> None:
         """Goes on where a recorded run stands.
 
         Args:
-            store: of the run.
-            table: that has the ids of every step.
+            steps: step, epoch, position.
+            visits: step, sample; one row a visit.
         """
-        steps = store.steps().select("step", "epoch", "position").sort("step").collect()
-        if not steps.height:
+        places = steps.select("step", "epoch", "position").sort("step").collect()
+        if not places.height:
             return
-        visits = store.signals(table).select("step", "sample").collect()
-        self._seen = dict.fromkeys(visits["sample"].to_list())
-        self.epoch, self._position = int(steps["epoch"][-1] or 0), int(steps["position"][-1] or 0)
-        now = steps.filter(pl.col("epoch") == self.epoch)["step"].implode()
-        self._seen_now = set(visits.filter(pl.col("step").is_in(now))["sample"].to_list())
+        seen = visits.select("step", "sample").collect()
+        self._seen = dict.fromkeys(seen["sample"].to_list())
+        self.epoch, self._position = int(places["epoch"][-1] or 0), int(places["position"][-1] or 0)
+        now = places.filter(pl.col("epoch") == self.epoch)["step"].implode()
+        self._seen_now = set(seen.filter(pl.col("step").is_in(now))["sample"].to_list())
 
     def begin_batch(
         self, ids: np.ndarray, *, step: int, epoch: int | None = None, position: int | None = None

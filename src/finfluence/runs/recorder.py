@@ -12,20 +12,21 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
-from finfluence.gradients import Direction, HookedDerivatives, check_model, check_normalisations, normalisations
+from finfluence.gradients import Direction, check_model, check_normalisations, normalisations
 from finfluence.runs._batch_record import BatchRecord, StepLosses, as_id_array, check_rows, has_closure
-from finfluence.runs._identity import GradientFingerprint, identity_residual
+from finfluence.runs._identity import GradientFingerprint
+from finfluence.runs._live_signals import LiveSignals
 from finfluence.runs._loop_writer import LoopRecord, LoopSettings
-from finfluence.runs._manifest import SignalKind, describe_run, environment
-from finfluence.runs._step_checks import StepChecks, check_resumed
+from finfluence.runs._manifest import SensitivityKind, SignalKind, describe_run, environment
+from finfluence.runs._step_checks import check_resumed
 from finfluence.runs._visits import EpochCounter
 from finfluence.runs.live_queries import LiveQueries, Measure
 from finfluence.runs.panel import NoisePanel
@@ -51,8 +52,8 @@ class Recorder:
     signals. Anything else that changes the gradient shows up as a residual of the signal identity
     Σ_i x_{i,t} = ⟨q_t, ḡ_t⟩ (method: f-INE, Panda et al. 2026, in-run form), and a warning names the likely causes.
 
-    With sensitivity "both" the run also keeps states of the training and each micro-batch's rows, rates and random
-    numbers, so that `finfluence.replay` can take its steps again and give calibrated signals. A replay compares the
+    With sensitivity "replay" or "both" the run keeps states of the training and each micro-batch's rows, rates and
+    random numbers, so that `finfluence.replay` can take its steps again and give calibrated signals. It compares the
     parameters with those stored, so that a task whose losses are not the loop's is found out.
 
     Args:
@@ -75,13 +76,13 @@ class Recorder:
         exist: what to do with a run that is in the directory: refuse, or "resume" it, which drops what was recorded
             from step `start` on.
         start: index of the first step that is recorded.
-        sensitivity: "live", or "both" to keep what a replay needs, too. Then an id is a row of the dataset, or
-            `samples` has the dataset's rows in their order, and `flush` is needed beside checkpoints to resume from.
-        signals: of the replay, "batch" or "full", as in `finfluence.train`.
-        panel: the replay's noise panel.
+        sensitivity: "live"; "replay" to keep what a replay needs and record no signals, at next to no cost; or "both".
+            For a replay ids are rows of the dataset, or `samples` has the dataset's rows in their order, and `flush` is
+            needed beside checkpoints that the loop is resumed from.
+        signals, panel: of the replay, as in `finfluence.train`.
         checkpoint_every: steps between stored states; the square root of the number of steps is about right.
-        clip_norm: global norm at which the loop clips the gradient, which a replay must know.
-        precision: "bfloat16-autocast" where the loop's forward passes are under it, which a replay must know.
+        clip_norm: global norm at which the loop clips the gradient; a replay must know.
+        precision: "bfloat16-autocast" where the loop's forward passes are under it; a replay must know.
 
     Raises:
         InputError: no queries, a measurement that has no gradient, ids that cannot be rows of a dataset.
@@ -107,13 +108,17 @@ class Recorder:
         manifest: Mapping[str, Any] | None = None,
         exist: Literal["error", "resume"] = "error",
         start: int = 0,
-        sensitivity: Literal["live", "both"] = "live",
+        sensitivity: SensitivityKind = "live",
         signals: SignalKind = "batch",
         panel: NoisePanel | None = None,
         checkpoint_every: int = 32,
         clip_norm: float | None = None,
         precision: Precision = "float32",
     ) -> None:
+        if sensitivity not in get_args(SensitivityKind):
+            raise InputError(
+                f"unknown sensitivity {sensitivity!r}; choose one of {', '.join(get_args(SensitivityKind))}"
+            )
         if not isinstance(queries, Mapping) or not all(callable(q) for q in queries.values()):
             raise InputError(
                 'queries must map names to functions of the model, for example {"validation": lambda model: loss}'
@@ -125,7 +130,7 @@ class Recorder:
             model, optimizer, parameters=parameters, measures=queries, refresh=refresh, update_rule=update_rule
         )
         self.parameters = self.live.parameters
-        self._hooks = HookedDerivatives(model, self.parameters, batch_dim=batch_dim)
+        self._signals = None if sensitivity == "replay" else LiveSignals(model, self.live, batch_dim=batch_dim)
         self._samples, self._seed, self._rows = samples, seed, rows
         self._expected: int | None = None
         if samples is not None and "sample" in samples.columns:
@@ -133,11 +138,10 @@ class Recorder:
         self._id_dtype: IdDtype = id_dtype
         self._manifest = dict(manifest or {})
         settings = LoopSettings(signals, panel or NoisePanel(), checkpoint_every, clip_norm, precision)
+        self.sensitivity: SensitivityKind = sensitivity
         self._loop: LoopRecord | None = None
-        if sensitivity == "both":
+        if sensitivity != "live":
             self._loop = LoopRecord(model, optimizer, settings, samples=samples, id_dtype=id_dtype)
-        elif sensitivity != "live":
-            raise InputError(f"unknown sensitivity {sensitivity!r}; choose 'live' or 'both'")
         self._table: SignalTable = "signals" if sensitivity == "live" else "live"
         self._owned_writer = True
         self.writer: SignalWriter | None = None
@@ -146,16 +150,12 @@ class Recorder:
         known = None if samples is None or "sample" not in samples.columns else set(samples["sample"].to_list())
         self._epochs = EpochCounter(with_replacement=self.sampler.kind != "shuffled", known=known)
         self._handles: list[Any] = []
-        self._pending: list[tuple[np.ndarray, Tensor]] = []
-        self.directions: list[Direction] = []
-        self.last_values: np.ndarray | None = None
+        self._pending: list[np.ndarray] = []
         self._begun = self._empty = False
         self._normalisations: dict[str, nn.Module] = {}
         self._fingerprint: GradientFingerprint | None = None
         self._losses = StepLosses()
         self._place = (0, 0)
-        self._rates: tuple[float, ...] = ()
-        self._checks = StepChecks(self.parameters, self._hooks)
         self.skipped_steps = 0
 
     def attach(self, writer: SignalWriter, *, table: SignalTable = "signals", step: int = 0) -> None:
@@ -167,13 +167,14 @@ class Recorder:
         self._normalisations = normalisations(self.model)
         if self.writer is None:
             described = describe_run(
-                optimizer=self.optimizer, sampler=self.sampler, seed=self._seed, sensitivity="live", signals="batch"
+                self.optimizer, self.sampler, seed=self._seed, sensitivity=self.sensitivity, signals="batch"
             )
             folder = open_folder(self.directory)
             if self._loop is not None:
                 described |= self._loop.open(folder)
             if self._exist == "resume":
-                check_resumed(folder, step=self.step, stored=self._loop.stored() if self._loop else None)
+                stored = self._loop.stored() if self._loop else None
+                check_resumed(folder, step=self.step, stored=stored, sensitivity=self.sensitivity)
             self.writer = SignalWriter.create(
                 self.directory,
                 queries=list(self.live.measures),
@@ -194,10 +195,14 @@ class Recorder:
 
     def _continue(self, writer: SignalWriter) -> None:
         writer.truncate_from(self.step)
-        self._epochs.go_on(SignalStore.open(self.directory, partial=True), table=self._table)
+        store = SignalStore.open(self.directory, partial=True)
         if self._loop is not None:
             self._loop.resume(self.step, writer)
-        self._checks.largest_residual = float(writer.manifest.get("largest_residual") or 0.0)
+        if self._signals is not None:
+            self._signals.checks.largest_residual = float(writer.manifest.get("largest_residual") or 0.0)
+            self._epochs.go_on(store.steps(), store.signals(self._table))
+        elif self._loop is not None:
+            self._epochs.go_on(store.steps(), self._loop.visits().lazy())
         self.skipped_steps = int(writer.manifest.get("skipped_steps") or 0)
 
     def __exit__(
@@ -205,7 +210,8 @@ class Recorder:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._hooks.remove()
+        if self._signals is not None:
+            self._signals.remove()
         if not self._owned_writer or self.writer is None:
             return
         if error is not None:
@@ -234,7 +240,7 @@ class Recorder:
             steps=self.step,
             n_samples=self._epochs.count if self._samples is None else self._samples.height,
             epochs=self._epochs.epoch + 1,
-            largest_residual=self._checks.largest_residual,
+            largest_residual=self.largest_residual if self._signals else None,
             skipped_steps=self.skipped_steps,
             **loop,
         )
@@ -277,22 +283,21 @@ class Recorder:
         record = BatchRecord()
         self._expected = len(names)
         try:
-            loop = self._loop
-            with (
-                contextlib.nullcontext() if loop is None else loop.part(names, denominator, segments=segments),
-                self._hooks.record(self.directions, len(names), segments=segments) as recording,
-            ):
+            with contextlib.ExitStack() as stack:
+                if self._loop is not None:
+                    stack.enter_context(self._loop.part(names, denominator, segments=segments))
+                if self._signals is not None:
+                    stack.enter_context(self._signals.record(len(names), segments=segments))
                 yield record
         finally:
             self._expected = None
-        self._pending.append((names, recording.values))
+        self._pending.append(names)
         self._losses.add(record, len(names))
         self._fingerprint = GradientFingerprint.of(self.parameters)
 
     def _check_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._expected is None or not torch.is_grad_enabled():
-            return
-        check_rows(self._expected, (args, kwargs))
+        if self._expected is not None and torch.is_grad_enabled():
+            check_rows(self._expected, (args, kwargs))
 
     def begin_step(self, ids: np.ndarray, *, epoch: int | None = None, position: int | None = None) -> list[Direction]:
         """Fixes the sensitivities of the step that is about to be taken; `batch` does so where it was not called.
@@ -303,7 +308,7 @@ class Recorder:
             position: index of the batch in its epoch; counted where it is not given.
 
         Returns:
-            The step's sensitivities, one direction a query.
+            The step's live sensitivities, one direction a query.
 
         Raises:
             RecordingError: a module couples the samples of a batch (BatchNorm put back into training mode, say).
@@ -315,10 +320,8 @@ class Recorder:
             if self._loop.due(self.step):
                 self.flush()
             self._loop.forget()
-        self.directions = self.live.directions(self.step)
-        self._rates = learning_rates(self.optimizer)
         self._begun, self._empty = True, len(ids) == 0
-        return self.directions
+        return [] if self._signals is None else self._signals.begin(self.step)
 
     def flush(self) -> None:
         """Makes every finished step durable, e.g. beside a checkpoint of the training.
@@ -332,8 +335,13 @@ class Recorder:
 
     @property
     def largest_residual(self) -> float:
-        """Of the signal identity so far, relative."""
-        return self._checks.largest_residual
+        """Of the signal identity so far, relative; 0 without live signals."""
+        return 0.0 if self._signals is None else self._signals.checks.largest_residual
+
+    @property
+    def last_values(self) -> np.ndarray | None:
+        """(b, n_queries) float64 live signals of the last step."""
+        return None if self._signals is None else self._signals.last
 
     def _settle(self) -> None:
         if self._pending and all(p.grad is None or not p.grad.any() for p in self.parameters.values()):
@@ -353,7 +361,7 @@ class Recorder:
                 f"step {self.step} was not taken: its gradient was thrown away or is zero, which a replay cannot "
                 "repeat; record live signals alone (sensitivity='live')"
             )
-        size = sum(len(names) for names, _ in self._pending)
+        size = sum(map(len, self._pending))
         self._append_step(residual=None, scale=0.0, batch_size=size, skipped=True, nonfinite=nonfinite)
         self._forget_step()
         self.step += 1
@@ -377,19 +385,14 @@ class Recorder:
             )
         now = GradientFingerprint.of(self.parameters, self._fingerprint.names)
         scale = now.ratio(self._fingerprint)
-        names = np.concatenate([names for names, _ in self._pending])
-        values = torch.cat([values for _, values in self._pending]).double() * scale
-        residual = identity_residual(values, self.directions, self.parameters)
-        signals = values.cpu().numpy()
-        self._checks.finite(signals, names, step=self.step)
-        rates = learning_rates(self.optimizer)
-        self._checks.rates(self._rates, rates, step=self.step)
-        self._checks.residual(residual, step=self.step)
+        names, residual = np.concatenate(self._pending), None
+        if self._signals is not None:
+            values, residual = self._signals.of_step(names, scale=scale, step=self.step)
+            self.writer.append_table(self._table, self.step, samples=names, values=values.astype(np.float32))
         if self._loop is not None:
-            self._loop.check_precision(self._hooks.low_precision)
+            self._loop.check_precision(self._signals is not None and self._signals.low_precision)
+            rates = learning_rates(self.optimizer)
             self._loop.end(step=self.step, place=self._place, rates=rates, scale=scale)
-        self.last_values = signals
-        self.writer.append_table(self._table, self.step, samples=names, values=signals.astype(np.float32))
         self._append_step(residual=residual, scale=scale, batch_size=len(names))
 
     def _append_step(

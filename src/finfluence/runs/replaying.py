@@ -62,7 +62,7 @@ def replay(
     or other queries than those of the replay that is there start it anew.
 
     Args:
-        directory: a run recorded by `train` with sensitivity "replay" or "both", or by a `Recorder` with "both".
+        directory: a run recorded by `train` with sensitivity "replay" or "both", or by a `Recorder` with the same.
         task: as at recording; of a loop of one's own, the task whose losses it summed up and divided.
         model: a model of the same architecture, in the mode (train or eval) of the recording; its parameters end up as
             those of the finished training.

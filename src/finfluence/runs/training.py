@@ -20,7 +20,14 @@ from finfluence.gradients import check_model
 from finfluence.influence import ShuffledEpochs
 from finfluence.runs._content import check_source, with_content
 from finfluence.runs._loop import RecordingLoop
-from finfluence.runs._manifest import SensitivityKind, SignalKind, describe_plan, describe_run, environment
+from finfluence.runs._manifest import (
+    SensitivityKind,
+    SignalKind,
+    check_choice,
+    describe_plan,
+    describe_run,
+    environment,
+)
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import Collate, dataset_size, query_batches
 from finfluence.runs.engine import Engine, isolated_rng
@@ -147,9 +154,9 @@ def train(
         StoreError: the directory exists, is not a run, or cannot be written.
         ReplayError: the replay's re-execution differs from the training, or its adjoint diverges.
     """
-    _check_choice("sensitivity", sensitivity, get_args(SensitivityKind))
-    _check_choice("signals", signals, get_args(SignalKind))
-    _check_choice("self_influence", self_influence, get_args(SelfInfluence))
+    check_choice("sensitivity", sensitivity, get_args(SensitivityKind))
+    check_choice("signals", signals, get_args(SignalKind))
+    check_choice("self_influence", self_influence, get_args(SelfInfluence))
     plan = Plan(
         optimizer=optimizer,
         epochs=epochs,
@@ -192,9 +199,7 @@ def train(
             sampler=plan.sampler,
         )
     described = (
-        describe_run(
-            optimizer=engine.optimizer, sampler=plan.sampler, seed=seed, sensitivity=sensitivity, signals=signals
-        )
+        describe_run(engine.optimizer, plan.sampler, seed=seed, sensitivity=sensitivity, signals=signals)
         | describe_plan(plan, n)
         | environment()
         | {
@@ -337,11 +342,6 @@ def _largest_residual(directory: str | os.PathLike[str]) -> float | None:
     # of the steps before a resumption, too
     steps = SignalStore.open(directory, partial=True).steps()
     return steps.select(pl.col("residual").max()).collect().item()
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
 __all__ = ["checkpoint_interval", "sample_table", "train"]
