@@ -211,6 +211,20 @@ def test_names_stand_for_the_rows_of_the_sample_table(tmp_path: Path) -> None:
     np.testing.assert_array_equal(results[0], results[1])
 
 
+def test_a_replayed_loop_is_a_run_like_any_other(tmp_path: Path) -> None:
+    net = model(3)
+    optimizer = sgd(net)
+    with recorder(net, optimizer, tmp_path / "run", signals="full") as record:
+        loop(net, optimizer, record)
+    run = replayed(tmp_path / "run", net)
+    cut = run.clean("first", top=3)
+    assert cut.dropped.height == 3
+    assert "<html" in Path(run.report()).read_text(encoding="utf-8")[:200]
+    assert run.influence("first", subsets={"cut": cut.dropped["sample"]})["mu"][0] < 0
+    with pytest.raises(InputError, match=r"a loop of your own.*finfluence\.retrain"):
+        run.verify(cut)
+
+
 def test_sixteen_bits_are_taken_again_if_told(tmp_path: Path) -> None:
     def one(directory: Path, **told: Any) -> nn.Module:
         net = model(3, dtype=torch.float32)

@@ -57,8 +57,8 @@ class InfluenceCallback(Callback):
         refresh: query gradients are evaluated at every `refresh`-th step.
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
-        sensitivity: "live"; "replay" to record no signals and keep the training's states and what its steps did, for
-            `replay`, which costs next to nothing; or "both".
+        sensitivity: "live"; "replay" to keep the training's states and what its steps did for `replay`, without
+            signals, for the cost of writing the states; or "both".
         signals: of the replay, "batch" or "full", as in `finfluence.train`.
         panel: the replay's noise panel.
         checkpoint_every: steps between stored states; None for the square root of their number.

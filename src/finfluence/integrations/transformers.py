@@ -72,8 +72,8 @@ class InfluenceCallback(TrainerCallback):
             that rewrite tokens).
         exist: what to do with a run in the directory: refuse, or "resume" it with the trainer's checkpoint.
         manifest: further entries of run.json.
-        sensitivity: "live"; "replay" to record no signals and keep the training's states and what its steps did, for
-            `replay`, which costs next to nothing; or "both".
+        sensitivity: "live"; "replay" to keep the training's states and what its steps did for `replay`, without
+            signals, for the cost of writing the states; or "both".
         signals: of the replay, "batch" or "full", as in `finfluence.train`.
         panel: the replay's noise panel.
         checkpoint_every: steps between stored states; None for the square root of their number.

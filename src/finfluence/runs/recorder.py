@@ -76,7 +76,7 @@ class Recorder:
         exist: what to do with a run that is in the directory: refuse, or "resume" it, which drops what was recorded
             from step `start` on.
         start: index of the first step that is recorded.
-        sensitivity: "live"; "replay" to keep what a replay needs and record no signals, at next to no cost; or "both".
+        sensitivity: "live"; "replay" to keep what a replay needs, without signals, for the cost of its states; "both".
             For a replay ids are rows of the dataset, or `samples` has the dataset's rows in their order, and `flush` is
             needed beside checkpoints that the loop is resumed from.
         signals, panel: of the replay, as in `finfluence.train`.

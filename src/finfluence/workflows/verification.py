@@ -194,11 +194,12 @@ def verify(
         The state after each step; the last has `finished`.
 
     Raises:
-        InputError: the run carries no recipe and none is given, an unknown query, a subset that is empty or everything,
-            or data that changed since the run.
+        InputError: the run carries no recipe and none is given, or is a loop of the user's own; an unknown query, a
+            subset that is empty or everything, or data that changed since the run.
         OracleError: retraining cannot be done.
     """
     asked, run = run, run.runs[0]
+    _check_planned(run)
     recipe = recipe or run_recipe(run)
     if isinstance(ids, Cleaning):
         query, ids = query or ids.query, Chosen.of(ids)
@@ -260,6 +261,19 @@ def verify(
             )
             _record(asked, state, chosen=ids, digest=digest)
             yield state
+
+
+def _check_planned(run: Run) -> None:
+    """Refuses a loop that was somebody else's, which only they can do without some of its rows.
+
+    Raises:
+        InputError: it was.
+    """
+    if "loop" in run.manifest:
+        raise InputError(
+            f"{run.name} is a loop of your own, whose schedule finfluence did not set; train it again without these "
+            "rows and compare the losses (finfluence.compare), or describe it to finfluence.retrain"
+        )
 
 
 def check_unchanged(run: Run, recipe: Recipe) -> None:
