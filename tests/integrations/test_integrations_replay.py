@@ -62,7 +62,7 @@ def test_the_training_is_taken_again(tmp_path: Path, case: str) -> None:
     end = parameters(model)
     assert torch.equal(parameters(bare), end)
     state = torch.get_rng_state()
-    run = record.replay(recorded, show_progress="never")
+    run = record.replay(recorded, self_influence="all", show_progress="never")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(parameters(model), end)
     assert run.manifest["replay"]["largest_mismatch"] < 1e-5
@@ -71,6 +71,7 @@ def test_the_training_is_taken_again(tmp_path: Path, case: str) -> None:
     assert set(frame["sample"]) == set(rows(16)["name"])
     assert frame["mu"].is_finite().all()
     assert run.influence("q", groups="source").height == 2
+    assert run.influence("q", relative=True)["relative"].is_finite().all()
 
 
 def test_signals_are_the_derivative_of_the_training(tmp_path: Path) -> None:

@@ -225,6 +225,37 @@ def test_a_replayed_loop_is_a_run_like_any_other(tmp_path: Path) -> None:
         run.verify(cut)
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_self_influence_can_be_added_later(tmp_path: Path, clip: float | None) -> None:
+    """It is what the reference loop records on the way, and a replay that is there stays."""
+    settings: dict[str, Any] = {
+        "queries": queries(),
+        "optimizer": fi.AdamW(lr=0.02),
+        "epochs": 3,
+        "batch_size": 6,
+        "sensitivity": "replay",
+        "panel": PANEL,
+        "clip_norm": clip,
+        "show_progress": "never",
+    }
+    truth = fi.train(TASK, model(3), data(), directory=tmp_path / "all", self_influence="all", **settings)
+    run = fi.train(TASK, model(3), data(), directory=tmp_path / "none", **settings)
+    with pytest.raises(InputError, match=r"add it by replay\(..., self_influence"):
+        run.influence("first", relative=True)
+    before = run.signals().collect()
+    net = model(3)
+    run = replayed(tmp_path / "none", net, self_influence="all")
+    assert before.equals(run.signals().collect())
+    found, expected = (r.influence("first", relative=True) for r in (run, truth))
+    np.testing.assert_allclose(found["relative"].to_numpy(), expected["relative"].to_numpy(), rtol=1e-6)
+    assert replayed(tmp_path / "none", net, self_influence="all").influence("first", relative=True).equals(found)
+    fi.train(TASK, model(3), data(), directory=tmp_path / "record", self_influence="record", **settings)
+    with pytest.raises(InputError, match="has the self-influence that samples had in their batches"):
+        replayed(tmp_path / "record", net, self_influence="all")
+    with pytest.raises(InputError, match="unknown self_influence 'record'"):
+        replayed(tmp_path / "none", net, self_influence="record")
+
+
 def test_sixteen_bits_are_taken_again_if_told(tmp_path: Path) -> None:
     def one(directory: Path, **told: Any) -> nn.Module:
         net = model(3, dtype=torch.float32)

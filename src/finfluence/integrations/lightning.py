@@ -181,6 +181,7 @@ class InfluenceCallback(Callback):
         dataset: Any = None,
         collate: Collate | None = None,
         options: ReplayOptions | None = None,
+        self_influence: Literal["none", "all"] = "none",
         show_progress: ShowProgress = "auto",
     ) -> Run:
         """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
@@ -192,6 +193,7 @@ class InfluenceCallback(Callback):
             dataset: of the training loader; by default the one that was followed.
             collate: makes a batch of a list of samples; by default that loader's.
             options: of the replay.
+            self_influence: "all" for run.influence(query, relative=True), see `finfluence.replay`.
             show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
 
         Returns:
@@ -215,6 +217,7 @@ class InfluenceCallback(Callback):
             queries={name: lambda _, query=query: query(module) for name, query in self.queries.items()},
             collate=collate,
             options=options,
+            self_influence=self_influence,
             show_progress=show_progress,
         )
 

@@ -203,6 +203,7 @@ class InfluenceCallback(TrainerCallback):
         *,
         task: Task | None = None,
         options: ReplayOptions | None = None,
+        self_influence: Literal["none", "all"] = "none",
         show_progress: ShowProgress = "auto",
     ) -> Run:
         """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
@@ -216,6 +217,7 @@ class InfluenceCallback(TrainerCallback):
             task: the rows' losses, whose sum over a micro-batch the trainer divides by the number of labels; needed
                 for losses other than the model's own cross-entropy.
             options: of the replay.
+            self_influence: "all" for run.influence(query, relative=True), see `finfluence.replay`.
             show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
 
         Returns:
@@ -242,6 +244,7 @@ class InfluenceCallback(TrainerCallback):
                 queries=measures,
                 collate=context.collate,
                 options=options,
+                self_influence=self_influence,
                 show_progress=show_progress,
             )
 

@@ -124,6 +124,8 @@ class LoopRecord:
     def resume(self, step: int, writer: SignalWriter) -> None:
         """Goes on from the state before `step`, the first that will be taken; later ones and a replay are dropped."""
         ReplayStore(self._states.directory, writer, queries=writer.manifest["queries"]).forget()
+        writer.clear("self")
+        writer.update_manifest(self_influence="none")
         for store in (self._states, self._segments):
             for other in store.steps():
                 if other > step or step == 0:

@@ -101,6 +101,10 @@ class Recording:
             training_seconds=self.manifest.get("training_seconds"),
         )
 
+    def sample_names(self) -> pl.Series:
+        """The id of each of the dataset's rows."""
+        return SignalStore.open(self.folder.display, partial=True).samples().select("sample").collect()["sample"]
+
     def losses(self, steps: Sequence[int]) -> dict[int, float | None]:
         """Recorded mean losses by step; none of a loop that was somebody else's, who may mean another mean."""
         if self.loop is not None:

@@ -16,15 +16,17 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceError, FinfluenceWarning, InputError, ReplayError
 from finfluence.gradients import check_model, query_gradient
+from finfluence.runs._manifest import check_choice
 from finfluence.runs._progress import ShowProgress, progress
 from finfluence.runs._recording import Recording
+from finfluence.runs._replay_self import write_self_influence
 from finfluence.runs._replay_store import ReplayStore, query_norms
 from finfluence.runs._segment import SegmentWalker, StepSignals
 from finfluence.runs.data import Collate, dataset_size, query_batches
@@ -53,6 +55,7 @@ def replay(
     queries: Mapping[str, Any],
     collate: Collate | None = None,
     options: ReplayOptions | None = None,
+    self_influence: Literal["none", "all"] = "none",
     writer: SignalWriter | None = None,
     show_progress: ShowProgress = "auto",
 ) -> Run:
@@ -70,6 +73,8 @@ def replay(
         queries: data of each recorded query by name.
         collate: as at recording.
         options: damping, Hessian-vector products, memory.
+        self_influence: "all" also takes every sample's signal on its own loss at three steps of the run, for
+            run.influence(query, relative=True), if it was not recorded; also of a run that was replayed without.
         writer: the run's open store, where the caller has one.
         show_progress: "auto" prints the plan and shows a bar on a terminal's standard error; "never" is silent.
 
@@ -82,6 +87,7 @@ def replay(
         InputError: other queries or another number of samples than recorded.
         StoreError: the directory is not a run, or cannot be written.
     """
+    check_choice("self_influence", self_influence, ("none", "all"))
     options = options or ReplayOptions()
     folder = open_folder(directory)
     owned = writer is None
@@ -93,6 +99,8 @@ def replay(
         if show_progress == "auto" and sys.stderr.isatty():
             print(job.plan, file=sys.stderr)
         with isolated_rng(job.engine.device):
+            if self_influence == "all":
+                write_self_influence(job.recording, job.engine, writer, show=show_progress)
             job.run(show_progress)
         job.engine.optimizer.zero_grad(set_to_none=True)  # a loop that goes on would add to what is left there
     except BaseException:

@@ -306,7 +306,8 @@ class Run:
     def _self_signals(self) -> SignalArrays:
         if not self.store.has("self"):
             raise InputError(
-                f'{self.directory} has no self-influence; record it with train(..., self_influence="record"), or "all"'
+                f'{self.directory} has no self-influence; record it with train(..., self_influence="record"), or '
+                '"all", or add it by replay(..., self_influence="all")'
             )
         return arrays(self.store, SELF, table="self")
 
