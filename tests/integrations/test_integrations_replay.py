@@ -47,6 +47,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "LoRA, checkpointed, two weight decays": (lora, CHECKPOINTED | {"weight_decay": 0.1}),
     "momentum": (llama, {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01}),
+    "fused AdamW, Transformers' default": (llama, {"optim": "adamw_torch_fused", "learning_rate": 0.01}),
     "GPT-2 with dropout": (gpt2, {"learning_rate": 0.01}),
 }
 

@@ -118,14 +118,14 @@ def restore_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, t
                 )
             target.copy_(tensors[name])
     optimizer.state.clear()
+    beside = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
     states: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             name, entry = key[len("optimizer/") :].rsplit("/", 1)
-            # torch keeps the step counter of Adam on the CPU and everything else beside its parameter
-            states.setdefault(name, {})[entry] = (
-                value.clone() if entry == "step" else value.to(by_name[name].device).clone()
-            )
+            # torch keeps the step counter of Adam on the CPU, unless it is fused, and all else beside the parameter
+            on_cpu = entry == "step" and id(by_name[name]) not in beside
+            states.setdefault(name, {})[entry] = value.clone() if on_cpu else value.to(by_name[name].device).clone()
     for name, state in states.items():
         optimizer.state[by_name[name]] = state
