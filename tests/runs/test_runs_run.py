@@ -110,7 +110,8 @@ def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
             own.influence("validation", **wrong)
     adam = digits(samples=SAMPLES, epochs=2, batch_size=BATCH, hidden=16, optimizer="adamw")
     under_adam = adam.train(tmp_path / "adam", sensitivity="both", show_progress="never")
-    assert metadata(under_adam.influence("validation"))["path_noise"] == 2.0
+    # after two of three epochs paths are not as far apart as they get
+    assert metadata(under_adam.influence("validation"))["path_noise"] == pytest.approx(2.0 * (2 / 3) ** 0.5)
     assert metadata(under_adam.influence("validation", sensitivity="live"))["path_noise"] == 0.0
 
 

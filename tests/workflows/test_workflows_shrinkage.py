@@ -72,6 +72,17 @@ def test_probability_of_the_sign_is_calibrated() -> None:
     assert (mu[sure] < 0).mean() == pytest.approx(found.below[sure].mean(), abs=0.06)
 
 
+def test_rows_without_influence_are_on_neither_side() -> None:
+    """Errors that are larger than what they are errors of: nothing is sure to work, in either direction."""
+    estimate = 0.05 * np.random.default_rng(4).normal(size=500)
+    found = shrink(estimate, np.full(500, 0.1))
+    assert found.below.max() < 0.6
+    assert found.above.max() < 0.6
+    assert (found.below + found.above <= 1 + 1e-9).all()
+    mirrored = shrink(-estimate, np.full(500, 0.1))
+    np.testing.assert_allclose(mirrored.above, found.below, atol=0.02)
+
+
 def test_few_estimates_get_one_normal_prior() -> None:
     generator = np.random.default_rng(2)
     estimate = generator.normal(0.0, 1.0, 10)

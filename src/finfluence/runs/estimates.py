@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,6 +38,9 @@ _POSITIONS = "regular"
 PATH_NOISE = 1.0
 ADAM_PATH_NOISE = 2.0
 MEAN_PATH_NOISE = 1.0
+# Epochs after which paths that began together are as far apart as they get. Before, their distance grows like that of
+# random walks, in squares with the epochs.
+PATH_EPOCHS = 3.0
 
 Shifts = Literal["kriged", "plain"]
 
@@ -112,7 +116,8 @@ def usual_path_noise(store: SignalStore, table: SignalTable) -> float:
     optimizer = store.manifest.get("optimizer") or {}
     usual = ADAM_PATH_NOISE if "adam" in str(optimizer.get("name", "")).lower() else PATH_NOISE
     measured = (store.manifest.get("replay") or {}).get("measured_epochs") or ()
-    return usual + MEAN_PATH_NOISE if len(measured) > 1 else usual
+    apart = math.sqrt(min(1.0, recorded_epochs(store) / PATH_EPOCHS))
+    return apart * (usual + MEAN_PATH_NOISE if len(measured) > 1 else usual)
 
 
 def _sensitivity(store: SignalStore, table: SignalTable) -> str:

@@ -299,7 +299,7 @@ def clean(
         predicted=predicted,
         data=None if data is None else str(data),
         id_column=id_column,
-        notes=(*notes, *caveats(run)),
+        notes=(*notes, *(selection.caveats if group is None else ()), *caveats(run)),
     )
 
 

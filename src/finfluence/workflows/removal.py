@@ -23,6 +23,8 @@ VERIFIED_FILE = "verified.json"
 
 # Share of the data above which removing rows is no small change, and a first-order prediction only a direction.
 LARGE_CUT = 0.05
+# Estimates below which it cannot be told how large they are beside their errors.
+LEAST_ROWS = 30
 # The least share of the recommended cut's rows that is expected to work in the asked direction.
 SURE = 0.95
 # How many times the average row's influence a row must have to stand out.
@@ -96,8 +98,21 @@ class Selection:
     @cached_property
     def probability(self) -> np.ndarray:
         """(n,) posterior probability that a row works in the asked direction."""
-        below = self.shrunk.below
-        return below if self.effect == "harmful" else 1 - below
+        return self.shrunk.below if self.effect == "harmful" else self.shrunk.above
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What to know of the estimates, one sentence each."""
+        mu, se = self.frame["mu"].to_numpy(), self.frame["se"].to_numpy()
+        known = np.isfinite(mu) & (se > 0)
+        size = float(np.sqrt(np.mean((mu[known] / se[known]) ** 2))) if known.sum() >= LEAST_ROWS else 1.0
+        if size >= 1.0:
+            return ()
+        return (
+            f"The rows' estimates are smaller than their errors (μ/se has a root mean square of {size:.2f}): by itself "
+            "no row can be told from one without influence, and the prediction for a cut is near 0 whatever it holds. "
+            "Look at groups, ask several runs as one, or verify.",
+        )
 
     def predict(self, cuts: list[np.ndarray]) -> pl.DataFrame:
         """Predicted influence of cuts that were chosen by this run's own estimates.
@@ -230,7 +245,8 @@ def removal_curve(
     frame = attach(pl.DataFrame(rows), query=query, effect=effect, level=level, run=run.directory)
     expected = float(selection.probability[selection.order[:recommended]].mean()) if recommended else 0.0
     measured = measured_points(run, query, effect=effect)
-    return RemovalCurve(query, effect, frame, recommended, expected, measured, caveats(run))
+    notes = (*selection.caveats, *caveats(run))
+    return RemovalCurve(query, effect, frame, recommended, expected, measured, notes)
 
 
 def verified(run: Recorded) -> list[dict[str, Any]]:

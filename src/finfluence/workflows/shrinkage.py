@@ -62,12 +62,14 @@ class Shrunk:
         mean: (n,) posterior means.
         variance: (n,) posterior variances.
         below: (n,) posterior probability that the true influence is below 0.
+        above: (n,) that it is above 0. Together less than 1, where the prior has rows without influence.
         folds: (folds, n) posterior means under priors fitted without one fold each, for the error of the prior.
     """
 
     mean: Floats
     variance: Floats
     below: Floats
+    above: Floats
     folds: Floats
 
     def sum_error(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> float:
@@ -101,8 +103,8 @@ def shrink(mu: ArrayLike, se: ArrayLike) -> Shrunk:
         raise InputError("a standard error is not positive; shrinkage needs the size of every error")
     # a report, a cut and its verification ask for the same posterior one after the other
     found = _shrink(mus[known].tobytes(), errors[known].tobytes())
-    mean, variance, below = (_spread_out(values, known) for values in (found.mean, found.variance, found.below))
-    return Shrunk(mean, variance, below, _spread_out(found.folds, known))
+    columns = (found.mean, found.variance, found.below, found.above, found.folds)
+    return Shrunk(*(_spread_out(values, known) for values in columns))
 
 
 def _spread_out(values: Floats, known: NDArray[np.bool_]) -> Floats:
@@ -119,7 +121,7 @@ def _shrink(mu: bytes, se: bytes) -> Shrunk:
     log_density = _log_density(m[rows], s[rows], means=means, deviations=deviations)
     null = int(np.argmin(np.abs(means) + deviations))
     prior = _single(m, s) if len(m) < _LEAST_FOR_SHAPE else Prior(_weights(log_density, null), means, deviations)
-    mean, variance, below = _posterior(prior, m, s)
+    mean, variance, below, above = _posterior(prior, m, s)
     folds = np.empty((0, len(m)))
     if len(m) >= 3:
         folds = np.empty((_FOLDS, len(m)))
@@ -131,7 +133,7 @@ def _shrink(mu: bytes, se: bytes) -> Shrunk:
             else:
                 other = Prior(_weights(log_density[kept], null), means, deviations)
             folds[fold] = _posterior(other, m, s)[0]
-    return Shrunk(mean, variance, below, folds)
+    return Shrunk(mean, variance, below, above, folds)
 
 
 def _evenly(mu: Floats) -> NDArray[np.int64]:
@@ -181,8 +183,9 @@ def _single(mu: Floats, se: Floats) -> Prior:
     return Prior(np.ones(1), np.array([centre]), np.array([np.sqrt(spread)]))
 
 
-def _posterior(prior: Prior, mu: Floats, se: Floats, chunk: int = 4096) -> tuple[Floats, Floats, Floats]:
-    mean, variance, below = np.empty(len(mu)), np.empty(len(mu)), np.empty(len(mu))
+def _posterior(prior: Prior, mu: Floats, se: Floats, chunk: int = 4096) -> tuple[Floats, Floats, Floats, Floats]:
+    """Mean, variance, and probability below and above 0."""
+    mean, variance, below, above = (np.empty(len(mu)) for _ in range(4))
     for start in range(0, len(mu), chunk):
         part = slice(start, start + chunk)
         m, s = mu[part], se[part]
@@ -193,6 +196,8 @@ def _posterior(prior: Prior, mu: Floats, se: Floats, chunk: int = 4096) -> tuple
         mean[part] = (weight * means).sum(axis=1)
         variance[part] = (weight * (spread + (means - mean[part][:, None]) ** 2)).sum(axis=1)
         # a component without spread at 0 is neither below nor above
-        z = np.where(spread > 0, -means / np.sqrt(np.maximum(spread, 1e-300)), np.where(means < 0, np.inf, -np.inf))
-        below[part] = (weight * ndtr(z)).sum(axis=1)
-    return mean, variance, below
+        scale = np.sqrt(np.maximum(spread, 1e-300))
+        for sign, probability in ((-1.0, below), (1.0, above)):
+            z = np.where(spread > 0, sign * means / scale, np.where(sign * means > 0, np.inf, -np.inf))
+            probability[part] = (weight * ndtr(z)).sum(axis=1)
+    return mean, variance, below, above
