@@ -199,9 +199,10 @@ class LoopRecord:
         """Refuses 16 bits that a replay is not told of.
 
         Raises:
-            RecordingError: the forward pass had `low` precision while the parameters have more.
+            RecordingError: the forward pass had `low` precision while the parameters, frozen ones too, have more.
         """
-        more = next(p.dtype for p in self.model.parameters() if p.requires_grad) in (torch.float32, torch.float64)
+        coarse = (torch.bfloat16, torch.float16)
+        more = not any(p.dtype in coarse for p in self.model.parameters())
         if low and more and self.settings.precision == "float32":
             raise RecordingError(
                 "the forward pass runs in 16 bits while the parameters have more; give "

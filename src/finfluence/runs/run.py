@@ -125,7 +125,8 @@ class Run:
                 Where a run has no panel, has full signals or another sampler than shuffling, both are the same.
             path_noise: what standard errors count for the path, which would be another in a rerun: a multiple of the
                 error from where batches held the samples. By default 1 for replayed signals under SGD and 2 under
-                Adam, one more where a mean over epochs is measured; 0 makes them conditional on this run's path.
+                Adam, one more where a mean over epochs is measured, less after one or two epochs; 0 makes them
+                conditional on this run's path.
             relative: adds the column `relative`, μ at the median length of gradient (see
                 `finfluence.influence.relative_influence`): rows that are about the query come first by it, where μ also
                 puts those first that weigh much in everything. For single samples of a run with self-influence.
