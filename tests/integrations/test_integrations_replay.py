@@ -226,6 +226,7 @@ def test_a_resumed_training_is_replayed_in_a_new_process(tmp_path: Path) -> None
         fresh = callback(directory)
         run = fresh.replay(trainer(llama(5), out, data=rows(14), **settings), show_progress="never")
         assert run.samples()["sample"].to_list() == rows(14)["name"]
+        assert run.manifest["optimizer"]["lr"] == 0.01  # it ends at a rate of 0
         assert run.manifest["replay"]["largest_mismatch"] < 1e-6
         results.append(run.influence("q")["mu"].to_numpy())
     np.testing.assert_allclose(results[1], results[0], rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
-from finfluence.runs._manifest import SignalKind, check_choice
+from finfluence.runs._manifest import SignalKind, check_choice, describe_optimizer
 from finfluence.runs._replay_store import ReplayStore
 from finfluence.runs.data import model_device
 from finfluence.runs.loop_record import (
@@ -248,6 +248,8 @@ class LoopRecord:
         )
         loop = {"optimizer": type(self.optimizer).__name__, "groups": groups, "epochs": tally.epochs}
         found = {"loop": loop, "plan": plan.as_dict(), "batch_size": plan.batch_size, "total_steps": sum(tally.epochs)}
+        # a loop that warms up begins with a rate of 0, and may end with one
+        found["optimizer"] = describe_optimizer(self.optimizer) | {"lr": tally.rate}
         if sampler.kind == "shuffled":
             found |= self._checked_epochs()
         return found

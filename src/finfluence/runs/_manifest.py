@@ -49,6 +49,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its name, and the options of its first param group."""
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in group.items()}
+    return {"name": type(optimizer).__name__} | plain
+
+
 def describe_run(
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
@@ -58,10 +65,8 @@ def describe_run(
     signals: SignalKind,
 ) -> dict[str, Any]:
     """The entries that every recorded run has."""
-    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return {
-        "optimizer": {"name": type(optimizer).__name__}
-        | {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in group.items()},
+        "optimizer": describe_optimizer(optimizer),
         "sampler": sampler.kind,
         "drop_last": sampler.drop_last,
         "seed": seed,

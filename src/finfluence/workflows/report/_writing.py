@@ -258,10 +258,10 @@ def _facts(each: list[dict[str, str]]) -> list[tuple[str, str]]:
 def _facts_of(run: Run, steps: pl.DataFrame) -> dict[str, str]:
     known = run.manifest
     optimizer = known.get("optimizer") or {}
-    rate = optimizer.get("lr")
+    rate, epochs = optimizer.get("lr"), steps["epoch"].n_unique()
     found = {
         "run": run.directory,
-        "training": f"{steps.height:,} steps in {steps['epoch'].n_unique():,} epochs",
+        "training": f"{steps.height:,} steps in {epochs:,} epoch{'' if epochs == 1 else 's'}",
         "batch": f"{known['batch_size']:,} samples" if known.get("batch_size") else None,
         "order": known.get("sampler"),
         "optimizer": f"{optimizer.get('name')}, lr {rate:g}" if rate is not None else optimizer.get("name"),
