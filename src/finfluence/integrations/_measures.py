@@ -239,11 +239,25 @@ def _batch_terms(rows: list[Any], name: str, context: QueryContext) -> list[Meas
 def _labels_in(batch: Mapping[str, Any], model: nn.Module, *, default: int) -> int:
     """Labels that the model's loss averages over, by which the losses of several batches make one."""
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
+    if isinstance(labels, Tensor) and labels.is_floating_point():
         return default
-    if labels.ndim >= 2 and loss_type(model) == "ForCausalLM":
+    count = count_labels(batch, shifted=loss_type(model) == "ForCausalLM")
+    return default if count is None else count
+
+
+def count_labels(batch: Mapping[str, Any], *, shifted: bool) -> int | None:
+    """Labels of a batch that count; None where it has none.
+
+    Args:
+        batch: what the model is called with.
+        shifted: whether the first label of a row predicts nothing.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return None
+    if shifted and labels.ndim >= 2:
         labels = labels[..., 1:]
-    return int((labels != IGNORED).sum()) if not labels.is_floating_point() else default
+    return int((labels != IGNORED).sum())
 
 
 def loss_type(model: nn.Module) -> str | None:

@@ -6,11 +6,15 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 from transformers import Trainer
 
 from finfluence.errors import InputError
+from finfluence.gradients import evaluating
+from finfluence.integrations._measures import loss_of
 from finfluence.integrations._order import BatchOrder
-from finfluence.integrations._rows import is_table
+from finfluence.integrations._rows import is_table, undisturbed
 
 _ARGUMENTS = (
     "per_device_train_batch_size",
@@ -57,13 +61,25 @@ def describe_training(args: Any, order: BatchOrder, *, packed: bool, check: str)
 
 def running_trainer() -> Trainer | None:
     """The trainer that is calling. Its callbacks are not told who it is, and its dataset still has the id column."""
+    found = trainer_variables("self")
+    return None if found is None else found["self"]
+
+
+def trainer_variables(name: str) -> dict[str, Any] | None:
+    """Variables of the innermost method of a calling trainer that has one of that name; None if there is none."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer):
-            return candidate
+        found = frame.f_locals
+        if name in found and isinstance(found.get("self"), Trainer):
+            return found
         frame = frame.f_back
     return None
+
+
+def has_own_loss(trainer: Trainer) -> bool:
+    """Whether a trainer makes something else of the model's output than its loss."""
+    own = trainer.compute_loss_func is not None or trainer.label_smoother is not None
+    return own or type(trainer).compute_loss is not Trainer.compute_loss
 
 
 def prepared_rows(dataset: Any, args: Any, rows: int) -> np.ndarray:
@@ -88,3 +104,22 @@ def is_reentrant(args: Any) -> bool:
         if getattr(args, name, False):
             return bool((getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant"))
     return False
+
+
+def check_loss(model: nn.Module, trainer: Trainer | None, dataset: Any, collate: Any) -> None:
+    """Raise if the trainer will look for a loss in the model's output and there is none.
+
+    Raises:
+        InputError: the model returned none for the first row.
+    """
+    if trainer is None or has_own_loss(trainer) or not is_table(dataset):
+        return
+    with undisturbed():
+        batch = dict(collate([dataset[0]]))
+        with evaluating(model), torch.no_grad():
+            output = model(**trainer._prepare_inputs(batch))
+    if loss_of(output) is None:
+        raise InputError(
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(batch)}: its forward ignores "
+            "labels, or the data has none; return a loss from forward, or pass compute_loss_func to the trainer"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,10 +14,12 @@ from transformers import Trainer
 
 from finfluence.errors import InputError
 from finfluence.gradients import evaluating
-from finfluence.integrations._measures import loss_of, loss_type
-from finfluence.integrations._trainer import is_reentrant
+from finfluence.integrations._measures import count_labels, loss_of, loss_type
+from finfluence.integrations._trainer import has_own_loss, is_reentrant, trainer_variables
 from finfluence.integrations.text import IGNORED
 from finfluence.runs.plan import Precision
+from finfluence.runs.tasks import token_losses
+from finfluence.runs.training import checkpoint_interval
 
 _SHIFTED = ("ForCausalLM", "ForConditionalGeneration")
 _UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
@@ -56,10 +57,7 @@ class TrainerTask:
         logits = logits.float()  # as Transformers does, also of float64
         if self.kind in _SHIFTED:
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        tokens = functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-        )
-        return tokens.view_as(labels).sum(1)
+        return token_losses(logits, labels).sum(1)
 
     def measure(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """() Σ of the losses over all labels, divided by their number."""
@@ -80,7 +78,7 @@ class Denominators:
 
     def __init__(self, trainer: Trainer | None, model: nn.Module, batch: Mapping[str, Any] | None) -> None:
         self._kind, self._followed = loss_type(model), True
-        if trainer is None or batch is None or not trainer.model_accepts_loss_kwargs or _has_own_loss(trainer):
+        if trainer is None or batch is None or not trainer.model_accepts_loss_kwargs or has_own_loss(trainer):
             return
         with evaluating(model), torch.no_grad():
             inputs = trainer._prepare_inputs(dict(batch))
@@ -90,37 +88,22 @@ class Denominators:
 
     def of(self, batch: Mapping[str, Any]) -> float | None:
         """That of the micro-batch that the model is called with; None where it is not known."""
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            found = frame.f_locals
-            if "num_items_in_batch" in found and isinstance(found.get("self"), Trainer):
-                break
-            frame = frame.f_back
-        if frame is None:
+        found = trainer_variables("num_items_in_batch")
+        if found is None:
             return None
-        items, labels = frame.f_locals["num_items_in_batch"], _labels(self._kind, batch)
+        items, labels = found["num_items_in_batch"], _labels(self._kind, batch)
         if items is not None and self._followed:
             return max(1.0, float(items))
         if labels is None:
             return None
         # a trainer that gave the number to a model that does not look at it does not divide by the micro-batches
-        count = 1 if items is not None else frame.f_locals["self"].current_gradient_accumulation_steps
+        count = 1 if items is not None else found["self"].current_gradient_accumulation_steps
         return float(max(1, labels) * count)
-
-
-def _has_own_loss(trainer: Trainer) -> bool:
-    own = trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    return own or type(trainer).compute_loss is not Trainer.compute_loss
 
 
 def _labels(kind: str | None, batch: Mapping[str, Any]) -> int | None:
     """Labels that a mean loss is taken over."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
-        return None
-    if kind in _SHIFTED:
-        labels = labels[:, 1:]
-    return int((labels != IGNORED).sum())
+    return count_labels(batch, shifted=kind in _SHIFTED)
 
 
 @contextlib.contextmanager
@@ -163,7 +146,7 @@ def loop_settings(args: Any, *, steps: int, every: int | None) -> dict[str, Any]
     return {
         "clip_norm": clip,
         "precision": precision,
-        "checkpoint_every": math.ceil(math.sqrt(max(1, steps))) if every is None else every,
+        "checkpoint_every": checkpoint_interval(steps, refresh=1, every=every),
     }
 
 

@@ -27,6 +27,7 @@ from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Sampler, T
 from finfluence.runs._manifest import SensitivityKind
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import Collate
+from finfluence.runs.training import checkpoint_interval
 
 Query = Callable[[Any], Tensor]
 
@@ -335,7 +336,7 @@ def _loop_settings(trainer: Trainer, *, every: int | None) -> dict[str, Any]:
     return {
         "clip_norm": trainer.gradient_clip_val or None,
         "precision": "bfloat16-autocast" if precision == "bf16-mixed" else "float32",
-        "checkpoint_every": every or (math.ceil(math.sqrt(max(1, steps))) if math.isfinite(steps) else 32),
+        "checkpoint_every": checkpoint_interval(int(steps) if math.isfinite(steps) else 1024, refresh=1, every=every),
     }
 
 

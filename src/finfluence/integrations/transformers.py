@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
-from finfluence.gradients import evaluating
 from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_arguments, check_size, check_trainable
 from finfluence.integrations._contents import Contents
@@ -30,7 +29,7 @@ from finfluence.integrations._layers import register_layers
 from finfluence.integrations._measures import Measure, QueryContext, check_measures, loss_of, measure_of
 from finfluence.integrations._microbatch import MicroBatches
 from finfluence.integrations._order import BatchOrder
-from finfluence.integrations._trainer import describe_training, is_reentrant, prepared_rows, running_trainer
+from finfluence.integrations._trainer import check_loss, describe_training, is_reentrant, prepared_rows, running_trainer
 from finfluence.integrations._trainer_replay import Denominators, loop_settings, plain_forward, task_of
 from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Task, replay
 from finfluence.runs._manifest import SensitivityKind
@@ -273,7 +272,7 @@ class InfluenceCallback(TrainerCallback):
                 batch = dict(self._order.collate([dataset[0]])) if _rows.is_table(dataset) else None
                 self._denominators = Denominators(trainer, model, batch)
         context, measures = self._measures(model, loader, dataset, given.get("processing_class"))
-        self._check_loss(model, trainer, context)
+        check_loss(model, trainer, dataset, context.collate)
         self._updates = max(-(-len(loader) // accumulate), 1)
         self._epoch = state.global_step // self._updates - 1
         skipped = 0 if args.ignore_data_skip else state.global_step % self._updates * accumulate
@@ -355,24 +354,6 @@ class InfluenceCallback(TrainerCallback):
         if loss is not None:
             record.loss = loss.detach().clone()  # trainers rescale it in place
             record.loss_is = "share" if kwargs.get("num_items_in_batch") is not None else "mean"
-
-    def _check_loss(self, model: nn.Module, trainer: Trainer | None, context: QueryContext) -> None:
-        """Raise if the trainer will look for a loss in the model's output and there is none."""
-        assert self._order is not None
-        dataset = self._order.dataset
-        if trainer is None or type(trainer).compute_loss is not Trainer.compute_loss or not _rows.is_table(dataset):
-            return
-        if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
-            return
-        with _rows.undisturbed():
-            batch = dict(context.collate([dataset[0]]))
-            with evaluating(model), torch.no_grad():
-                output = model(**trainer._prepare_inputs(batch))
-        if loss_of(output) is None:
-            raise InputError(
-                f"{type(model).__name__} returned no loss for a batch with {', '.join(batch)}: its forward ignores "
-                "labels, or the data has none; return a loss from forward, or pass compute_loss_func to the trainer"
-            )
 
     def _check_recorded(self) -> None:
         recorder, _, batches = self._parts()

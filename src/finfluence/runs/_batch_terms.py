@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from finfluence.gradients import Direction, HookedDerivatives
-from finfluence.runs.engine import Engine
+from finfluence.runs.engine import Engine, random_state, set_random_state
 from finfluence.runs.tasks import FunctionalModel
 from finfluence.sensitivity import EXACT_LIMIT, ExactHessian, HessianMethod, Layout, batch_hessian
 
@@ -124,22 +124,24 @@ class DifferenceTerms:
         """See `BatchTerms`."""
         engine, seen = self.engine, []
         leaves = list(engine.parameters.values())
-        before = _random_state(engine.device)
+        before = random_state(engine.device)
 
         def loss(*, precise: bool = False) -> Tensor:
             value = engine.losses(engine.model, indices, precise=precise).sum() / denominator
             seen.append(float(value.detach()))
             return value
 
+        def differentiated(value: Tensor) -> dict[str, Tensor]:
+            found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            return dict(zip(engine.parameters, found, strict=True))
+
         def gradient_at(parameters: Any) -> dict[str, Tensor]:
             # Every evaluation of this micro-batch sees the dropout masks of the training.
-            _set_random_state(engine.device, before)
+            set_random_state(engine.device, before)
             with torch.no_grad():
                 for name, value in parameters.items():
                     engine.parameters[name].copy_(value)
-            at = loss(precise=self._precise)
-            found = torch.autograd.grad(at, leaves, allow_unused=True, materialize_grads=True)
-            return dict(zip(engine.parameters, found, strict=True))
+            return differentiated(loss(precise=self._precise))
 
         def gradients(parameters: Any) -> dict[str, Tensor]:
             if self._at_once:
@@ -168,19 +170,18 @@ class DifferenceTerms:
                 self.hooks.backward(loss())
                 at_theta = gradient
             elif self._precise:
-                found = torch.autograd.grad(loss(), leaves, allow_unused=True, materialize_grads=True)
-                at_theta = self.layout.flatten(dict(zip(engine.parameters, found, strict=True)))
+                at_theta = self.layout.flatten(differentiated(loss()))
             else:
                 at_theta = hessian.gradient
-        after = _random_state(engine.device)
+        after = random_state(engine.device)
         curvature = hessian.product(q)
-        _set_random_state(engine.device, after)
+        set_random_state(engine.device, after)
         return Terms(recording.values, curvature, at_theta, seen[0])
 
     def _stacked(self, parameters: Any, indices: np.ndarray, denominator: float, *, before: Any) -> dict[str, Tensor]:
         """Gradients at several points, (points, *shape) a parameter, by one batched forward and backward pass."""
         engine = self.engine
-        _set_random_state(engine.device, before)
+        set_random_state(engine.device, before)
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
         def loss(own: dict[str, Tensor]) -> Tensor:
@@ -194,13 +195,3 @@ class DifferenceTerms:
             total = vmap(loss, randomness="same")(leaves).sum()
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, found, strict=True))
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -17,15 +17,8 @@ from finfluence.errors import FinfluenceWarning, InputError, RecordingError
 from finfluence.runs._manifest import SignalKind, check_choice, describe_optimizer
 from finfluence.runs._replay_store import ReplayStore
 from finfluence.runs.data import model_device
-from finfluence.runs.loop_record import (
-    LOOP_FOLDER,
-    LoopPart,
-    LoopStep,
-    RandomState,
-    packed_steps,
-    random_state,
-    read_steps,
-)
+from finfluence.runs.engine import RandomState, random_state
+from finfluence.runs.loop_record import LOOP_FOLDER, LoopPart, LoopStep, packed_steps, read_steps
 from finfluence.runs.panel import NoisePanel
 from finfluence.runs.plan import OptimizerConfig, Plan, Precision
 from finfluence.runs.sampling import Sampler

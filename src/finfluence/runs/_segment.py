@@ -212,10 +212,7 @@ class SegmentWalker:
         )
 
     def _on_grid(self, batch: Batch) -> bool:
-        if self.panel is None:
-            return False
-        engine = self.engine
-        return batch.position in self.panel.grid(engine.steps_per_epoch, seed=engine.plan.seed, epoch=batch.epoch)
+        return self.panel is not None and self.panel.has(batch, self.engine)
 
     def _batch_terms(
         self, batch: Batch, theta: Tensor, q: Tensor, *, gradient: Tensor | None, loss: float

@@ -25,6 +25,7 @@ from finfluence.sensitivity import ParameterRule, UpdateRule
 
 _STEP_STREAM = 0x57E9
 Around = Callable[[np.ndarray], AbstractContextManager[Any]]
+RandomState = tuple[Tensor, Tensor | None]
 
 
 class StepResult(NamedTuple):
@@ -69,6 +70,18 @@ def seed_step(seed: int, step: int, *, device: torch.device) -> None:
             torch.cuda.manual_seed(value)
     elif device.type != "cpu":
         torch.manual_seed(value)
+
+
+def random_state(device: torch.device) -> RandomState:
+    """State of torch's generators, of the CPU and of a CUDA device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(device: torch.device, state: RandomState) -> None:
+    """Puts torch's generators where `random_state` found them."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @contextlib.contextmanager

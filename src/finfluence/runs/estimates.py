@@ -192,6 +192,8 @@ def read_panel(store: SignalStore, query: str, index: SampleIndex) -> Panel | No
 
 def recorded_epochs(store: SignalStore) -> int:
     """Number of whole epochs that a run has recorded; those that were planned where it is finished."""
+    if store.status == "finished" and (known := store.manifest.get("epochs")):
+        return int(known)
     epochs = store.steps().group_by("epoch").len().collect()
     if store.status == "finished" or epochs.is_empty():
         return int(store.manifest.get("epochs") or epochs.height)

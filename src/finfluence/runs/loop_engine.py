@@ -10,8 +10,8 @@ from torch import nn
 
 from finfluence.errors import InputError, ReplayError
 from finfluence.runs.data import Collate
-from finfluence.runs.engine import Engine, Part
-from finfluence.runs.loop_record import LoopStep, build_optimizer, read_steps, set_random_state
+from finfluence.runs.engine import Engine, Part, set_random_state
+from finfluence.runs.loop_record import LoopStep, build_optimizer, read_steps
 from finfluence.runs.plan import Plan
 from finfluence.runs.sampling import Batch
 from finfluence.runs.tasks import Task

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from finfluence.errors import StoreError
+from finfluence.runs.engine import RandomState
 from finfluence.runs.states import StateStore
 from finfluence.signals import Folder
 
 LOOP_FOLDER = "loop"
-RandomState = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -105,18 +105,6 @@ def build_optimizer(loop: Mapping[str, Any], parameters: Mapping[str, nn.Paramet
         for group in loop["groups"]
     ]
     return getattr(torch.optim, loop["optimizer"])(groups, lr=0.0)
-
-
-def random_state(device: torch.device) -> RandomState:
-    """State of torch's generators, of the CPU and of a CUDA device."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_state(device: torch.device, state: RandomState) -> None:
-    """Puts torch's generators where `random_state` found them."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def packed_steps(steps: Sequence[LoopStep]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from finfluence.errors import InputError
 from finfluence.gradients import Direction, HookedDerivatives, per_sample_derivatives
 from finfluence.runs.engine import Engine
+from finfluence.runs.sampling import Batch
 
 _PANEL_STREAM = 0x9A4E1
 # Samples of the panel in one pass. A large model gets no more than the training's own micro-batches, which are known to
@@ -58,6 +59,10 @@ class NoisePanel:
         generator = np.random.default_rng(np.random.SeedSequence([seed, _PANEL_STREAM, epoch]))
         spacing = steps_per_epoch / self.positions
         return np.floor((np.arange(self.positions) + generator.random()) * spacing).astype(np.int64)
+
+    def has(self, batch: Batch, engine: Engine) -> bool:
+        """Whether the panel is evaluated at a step of a training."""
+        return batch.position in self.grid(engine.steps_per_epoch, seed=engine.plan.seed, epoch=batch.epoch)
 
 
 def full_panel(n: int, positions: int) -> NoisePanel:

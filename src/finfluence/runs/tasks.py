@@ -135,6 +135,19 @@ class RegressionTask(MeanLossTask):
         )
 
 
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(b, t) cross-entropy of each token, in nats; 0 where its target is -100.
+
+    Args:
+        logits: (b, t, vocabulary).
+        targets: (b, t) int64.
+    """
+    # One row of logits a token: over any other dimension a GPU's softmax takes a hundred times as long.
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
+    ).view_as(targets)
+
+
 class CausalLMTask(MeanLossTask):
     """Next-token cross-entropy on batches {"input_ids", "labels", optional "attention_mask"}, all (b, t) int64.
 
@@ -159,14 +172,11 @@ class CausalLMTask(MeanLossTask):
                 f"CausalLMTask needs logits of shape ({ids.shape[0]}, {ids.shape[1]}, vocabulary), the model returned "
                 f"{seen}; load it with its language-model head (AutoModelForCausalLM), or write your own Task"
             )
-        # One row of logits a token: over any other dimension a GPU's softmax takes a hundred times as long. The last
-        # token predicts nothing, and is ignored instead of cut off, which would copy the logits.
+        # The last token predicts nothing, and is ignored instead of cut off, which would copy the logits.
         targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
         # low-precision logits would lose the small differences between tokens
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        token = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
-        ).view_as(targets)
+        token = token_losses(logits, targets)
         counts = (targets != -100).sum(1)
         return token.sum(1) / torch.clamp(counts, min=1)
 
