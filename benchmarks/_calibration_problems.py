@@ -193,6 +193,7 @@ def relu_mlp(seed: int) -> nn.Module:
 # Chosen with relu-sgd, after three lengths had been tried on relu-unbalanced, too: neither is an independent check.
 SMOOTHED = fi.ReplayOptions(smoothing=0.04)
 _coherent = functools.partial(digits_data, "coherent")
+FALLING = fi.Schedule("linear")
 SETTINGS = {
     s.name: s
     for s in (
@@ -220,6 +221,16 @@ SETTINGS = {
         ),
         Setting("relu-adamw-slow", "ReLU MLP, AdamW lr 0.001", digits_data, relu_mlp, fi.AdamW(lr=0.001)),
         Setting("tanh-adamw", "tanh MLP, AdamW lr 0.002", digits_data, mlp, fi.AdamW(lr=0.002)),
+        *(
+            Setting(
+                f"{name}-falling", f"{note}, falling to 0", digits_data, net, optimizer, options={"schedule": FALLING}
+            )
+            for name, note, net, optimizer in (
+                ("tanh-sgd", "tanh MLP, SGD lr 0.05", mlp, fi.SGD(lr=0.05)),
+                ("tanh-adamw", "tanh MLP, AdamW lr 0.002", mlp, fi.AdamW(lr=0.002)),
+                ("relu-adamw", "ReLU MLP, AdamW lr 0.002", relu_mlp, fi.AdamW(lr=0.002)),
+            )
+        ),
         Setting("text", "topics of questions, tanh MLP, AdamW lr 0.002", text_data, text_mlp, fi.AdamW(lr=0.002)),
         Setting(
             "text-remainder",

@@ -123,7 +123,7 @@ def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs:
 
 
 def evaluate(
-    setting: Setting, *, runs: int, seeds: int, truth_directory: Path, recordings: Path, path_noise: float | None = None
+    setting: Setting, *, runs: int, seeds: int, truth_directory: Path, recordings: Path, derivative_error: float = 1.0
 ) -> list[dict[str, Any]]:
     data = setting.data()
     reused = (truth_directory / setting.name).exists()
@@ -143,7 +143,7 @@ def evaluate(
             recorded.append(run)
             for kind, (own, how) in KINDS.items():
                 if own == signals:
-                    counted = {} if how.get("sensitivity") == "live" else {"path_noise": path_noise}
+                    counted = {} if how.get("sensitivity") == "live" else {"derivative_error": derivative_error}
                     estimates[kind].append(estimate(run, data, how | counted))
                     aurocs[kind].append(flips_found(run, how))
     rows = [row(kind, found, measured, top, aurocs[kind]) for kind, found in estimates.items()]
@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--runs", type=int, default=256, help="retrainings an arm")
     parser.add_argument("--seeds", type=int, default=3, help="recorded runs of each kind, also pooled")
-    parser.add_argument("--path-noise", type=float, default=None, help="of single runs' intervals, see Run.influence")
+    parser.add_argument(
+        "--derivative-error", type=float, default=1.0, help="in single runs' intervals, see Run.influence"
+    )
     parser.add_argument("--truth", type=Path, default=None, help="keep (and reuse) the retrainings here")
     parser.add_argument("--recordings", type=Path, default=None, help="keep (and reuse) the recorded runs here")
     parser.add_argument("--mean", action="store_true", help="measure the mean over the second half of the epochs")
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seeds=seeds,
                 truth_directory=(options.truth or scratch / "truth"),
                 recordings=(options.recordings or scratch / "recordings") / setting.name,
-                path_noise=options.path_noise,
+                derivative_error=options.derivative_error,
             )
             print(f"{table(found)}\n", flush=True)
             rows = [r for r in rows if r["setting"] != setting.name] + found

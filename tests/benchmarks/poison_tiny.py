@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 
-def tiny_model() -> AdaptedModel:
+def tiny_llama():
     config = transformers.LlamaConfig(
         vocab_size=61,
         hidden_size=16,
@@ -20,7 +20,11 @@ def tiny_model() -> AdaptedModel:
         num_key_value_heads=2,
     )
     torch.manual_seed(0)
-    return AdaptedModel.of(transformers.LlamaForCausalLM(config), Adapters(layers=2, rank=2), seed=0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def tiny_model() -> AdaptedModel:
+    return AdaptedModel.of(tiny_llama(), Adapters(layers=2, rank=2), seed=0)
 
 
 def rows_of(adapted: AdaptedModel, *lengths: tuple[int, int], seed: int = 0) -> Rows:

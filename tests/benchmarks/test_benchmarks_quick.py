@@ -24,7 +24,7 @@ from benchmarks import _results  # noqa: E402
 # words beside --quick: one setting where a benchmark has many
 QUICK = {"calibration": ["--settings", "tanh-sgd"]}
 # measured by their own tests, with the models and data that they need
-ELSEWHERE = {"poison", "smollm2_overhead", "llama8b_overhead"}
+ELSEWHERE = {"poison", "poison_truth", "smollm2_overhead", "llama8b_overhead"}
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,41 @@ def naive_shuffled(matrix, batch, epochs, drop_last):
     return total
 
 
+@pytest.mark.parametrize("course", [[1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 1.0, 0.5, 0.1]], ids=["constant", "falling"])
+@pytest.mark.parametrize("samples", [300, 60])
+def test_the_own_course_is_what_a_common_one_leaves(course, samples):
+    """Signals a_i·c_p alone have none; noise on top is found again, whether the course falls or stays; seed 3."""
+    rng = np.random.default_rng(3)
+    n, grid = 300, np.array([2, 8, 14, 20, 26])
+    sizes, epochs = rng.normal(size=(n, 1)), 8
+    smooth = np.tile(np.interp(np.arange(30), grid, course), epochs)[None, :] * sizes
+    rough = 0.2 * rng.normal(size=(n, 30 * epochs))
+    chosen = {"samples": np.arange(samples), "grid": grid}
+
+    def noise_of(matrix):
+        return shuffled_noise(panel_of(matrix / n, 10, epochs, **chosen), ShuffledEpochs(n, 10), positions="regular")
+
+    alone = noise_of(smooth)
+    assert alone.own_course < 1e-9 or alone.variance < 1e-20
+    both, noise = noise_of(smooth + rough), noise_of(rough)
+    assert both.own_course * both.variance == pytest.approx(noise.variance, rel=0.12)
+    assert noise.own_course == pytest.approx(1.0, abs=0.25)
+    if samples == n:
+        assert both.own_per_sample is not None
+        assert both.own_per_sample.sum() == pytest.approx(both.own_course * both.variance, rel=0.02)
+        assert both.on_own_course().variance == pytest.approx(both.own_per_sample.sum(), rel=0.02)
+    else:
+        assert both.own_per_sample is None
+
+
+def test_two_positions_show_no_course():
+    matrix = np.outer(np.arange(40.0), np.linspace(1, 2, 10)) / 40
+    panel = panel_of(matrix, 4, 1, samples=np.arange(40), grid=np.array([2, 7]))
+    noise = shuffled_noise(panel, ShuffledEpochs(40, 4), positions="regular")
+    assert noise.variance > 0
+    assert noise.own_course == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("n", "batch", "drop_last"), [(40, 8, False), (43, 8, False), (43, 8, True)])
 @pytest.mark.parametrize("grid", ["random", "regular"])
 def test_full_panel_equals_hoeffding_and_the_simulated_shuffles(n, batch, drop_last, grid):

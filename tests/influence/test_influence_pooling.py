@@ -3,9 +3,10 @@
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 
 from finfluence.errors import InputError
-from finfluence.influence import attach, metadata, pool, pool_estimates, report
+from finfluence.influence import attach, metadata, null_errors, pool, pool_estimates, report
 
 
 def frame(names, mu, se, key="sample", **meta):
@@ -76,3 +77,34 @@ def test_bad_pools():
     sized = [pl.DataFrame({"subset": ["a"], "size": [k], **report([1.0], [1.0])}) for k in (3, 4)]
     with pytest.raises(InputError, match="other sizes"):
         pool(sized)
+
+
+def test_errors_that_runs_share_are_not_averaged_away():
+    """Three runs that agree: their own errors shrink with the number of runs, what they err by together stays."""
+    mu, own, shared = np.full((3, 2), 2.0), 0.3, np.array([0.0, 0.8])
+    found, se, dof = pool_estimates(mu, np.sqrt(own**2 + np.tile(shared**2, (3, 1))), shared=np.tile(shared, (3, 1)))
+    np.testing.assert_allclose(found, 2.0)
+    np.testing.assert_allclose(se, np.sqrt(own**2 / 3 + shared**2))
+    assert np.isinf(dof).all()
+    # runs that differ: t with R − 1 degrees of freedom, and more the less of the error is theirs (Satterthwaite)
+    mu = np.array([[0.0, 0.0], [2.0, 2.0], [4.0, 4.0]])
+    _, se, dof = pool_estimates(mu, np.tile(np.hypot(own, shared), (3, 1)), shared=np.tile(shared, (3, 1)))
+    np.testing.assert_allclose(se, np.sqrt(4 / 3 + shared**2))
+    np.testing.assert_allclose(dof, 2 * ((4 / 3 + shared**2) / (4 / 3)) ** 2)
+
+
+def test_p_values_of_pooled_runs_leave_out_what_is_relative_to_mu():
+    """Against μ = 0 an error of 40 % of μ is none; in the interval it is, and three runs do not make it less."""
+    frames = [
+        attach(
+            pl.DataFrame({"sample": [1, 2], **report(mu, np.hypot(0.1, 0.4 * mu), null=[0.1, 0.1])}), relative_error=0.4
+        )
+        for mu in (np.array([1.0, 0.0]), np.array([1.05, 0.1]), np.array([0.95, -0.1]))
+    ]
+    single, pooled = frames[0], pool(frames)
+    assert single["p_value"][0] == pytest.approx(2 * stats.norm.sf(10), rel=1e-6)
+    assert null_errors(single)[0] == pytest.approx(0.1)
+    assert pooled["p_value"][0] < 1e-10
+    assert pooled["se"][0] == pytest.approx(np.hypot(0.1 / 3**0.5, 0.4), rel=0.01)
+    assert pooled["p_value"][1] > 0.5
+    assert null_errors(pooled)[0] < 0.1

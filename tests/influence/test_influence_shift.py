@@ -11,6 +11,7 @@ from influence_simulation import agrees, panel_arrays, shuffle_run, signal_matri
 
 from finfluence.errors import InputError
 from finfluence.influence import (
+    DerivativeError,
     Noise,
     Panel,
     Removal,
@@ -153,8 +154,11 @@ def test_full_signals_have_the_grid_error_and_the_noise_its_own():
     assert totals.centred_variance is not None
     packed = SampleIndex(N).pack(SUBSETS)
     found = subset_estimates(totals, noise, packed=packed)
-    expected = np.sqrt([totals.centred_variance[subset].sum() for subset in SUBSETS]) / noise.sigma
+    own = np.sqrt([totals.centred_variance[subset].sum() for subset in SUBSETS]) / noise.sigma
+    assert 0 < totals.common_error < 0.2
+    expected = np.hypot(own, totals.common_error * found.mu)
     np.testing.assert_allclose(found.se, expected)
+    np.testing.assert_allclose(found.null, own)
     uncertain = Noise(noise.variance, noise.per_sample, "shuffled", "", relative_error=0.3)
     wide = subset_estimates(totals, uncertain, packed=packed)
     np.testing.assert_allclose(wide.se, np.hypot(expected, 0.15 * found.mu))
@@ -162,6 +166,34 @@ def test_full_signals_have_the_grid_error_and_the_noise_its_own():
     mu = subset_estimates(exact, noise, packed=packed, removal=Removal(replacement="exact")).mu
     expected = [exact_shift(matrix, subset) for subset in SUBSETS]
     np.testing.assert_allclose(mu * noise.sigma * pooled_unit(SIZES), expected)
+
+
+def test_the_derivatives_error_is_its_formula():
+    """Path noise where samples have no course in common, and errors relative to the samples' μ and to the subset's."""
+    _, matrix, panel, noise = setting(9)
+    totals = SampleTotals.from_panel(panel, ShuffledEpochs(N, BATCH))
+    packed, error = SampleIndex(N).pack(SUBSETS), DerivativeError(path=1.5, each=0.3, joint=0.2)
+    found = subset_estimates(totals, noise, packed=packed, error=error)
+    assert noise.own_per_sample is not None
+    each = -totals.centred / noise.sigma
+    squares = noise.own_per_sample, each**2
+    f = np.array(SIZES) / N
+    own, relative = (
+        np.array([(1 - f[k]) ** 2 * v[s].sum() + f[k] ** 2 * np.delete(v, s).sum() for k, s in enumerate(SUBSETS)])
+        for v in squares
+    )
+    path = 1.5**2 * own / noise.variance * (1 - 1 / N)  # centred on the n samples of a position
+    np.testing.assert_allclose(found.se**2, path + 0.09 * relative + 0.04 * found.mu**2, rtol=1e-9)
+    np.testing.assert_allclose(found.shared**2, 0.09 * relative + 0.04 * found.mu**2)
+    np.testing.assert_allclose(found.null**2, path + 0.09 * relative * (np.array(SIZES) > 1), rtol=1e-9)
+    plain = subset_estimates(totals, noise, packed=packed)
+    np.testing.assert_array_equal(plain.mu, found.mu)
+    assert (plain.se < 1e-6).all()  # every sample at every position: nothing is left to chance
+    twice = subset_estimates(totals, noise, packed=packed, error=error.times(2))
+    np.testing.assert_allclose(twice.se, 2 * found.se)
+    for wrong in ({"path": -1.0}, {"each": float("nan")}, {"joint": -0.1}):
+        with pytest.raises(InputError, match="not a number from 0 on"):
+            DerivativeError(**wrong)
 
 
 def test_noise_of_training_without_a_subset_is_that_of_smaller_batches():

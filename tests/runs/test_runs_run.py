@@ -88,8 +88,8 @@ def test_samples_subsets_and_groups_equal_a_naive_computation(run: fi.Run) -> No
     assert groups["mu"][1] < 0
 
 
-def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
-    """Kriged and plain μ differ, agree in rank and say which they are; path noise widens errors and moves nothing."""
+def test_kriged_shifts_and_the_derivatives_error(tmp_path: Path) -> None:
+    """Kriged and plain μ differ, agree in rank and say which they are; the error widens intervals and moves nothing."""
     recipe = digits(samples=SAMPLES, epochs=EPOCHS, batch_size=BATCH, hidden=16)
     own = recipe.train(
         tmp_path / "run",
@@ -99,20 +99,26 @@ def test_kriged_shifts_and_path_noise(tmp_path: Path) -> None:
     )
     kriged, plain = own.influence("validation"), own.influence("validation", shifts="plain")
     assert (metadata(kriged)["shifts"], metadata(plain)["shifts"]) == ("kriged", "plain")
-    assert metadata(kriged)["path_noise"] == 1.0
+    assert (metadata(kriged)["path_noise"], metadata(kriged)["relative_error"]) == (1.0, 0.1)
     assert 0.8 < np.corrcoef(kriged["mu"], plain["mu"])[0, 1] < 0.9999
-    on_path = own.influence("validation", path_noise=0.0)
+    on_path = own.influence("validation", derivative_error=0.0)
     assert on_path["mu"].equals(kriged["mu"])
     assert (on_path["se"] < kriged["se"]).all()
-    assert on_path["se"].mean() < own.influence("validation", shifts="plain", path_noise=0.0)["se"].mean()
-    for wrong in ({"shifts": "kriging"}, {"path_noise": -1.0}):
+    assert on_path["se"].mean() < own.influence("validation", shifts="plain", derivative_error=0.0)["se"].mean()
+    for wrong in ({"shifts": "kriging"}, {"derivative_error": -1.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             own.influence("validation", **wrong)
     adam = digits(samples=SAMPLES, epochs=2, batch_size=BATCH, hidden=16, optimizer="adamw")
     under_adam = adam.train(tmp_path / "adam", sensitivity="both", show_progress="never")
+    single = metadata(under_adam.influence("validation"))
     # after two of three epochs paths are not as far apart as they get
-    assert metadata(under_adam.influence("validation"))["path_noise"] == pytest.approx(2.0 * (2 / 3) ** 0.5)
-    assert metadata(under_adam.influence("validation", sensitivity="live"))["path_noise"] == 0.0
+    assert single["path_noise"] == pytest.approx(2.0 * (2 / 3) ** 0.5)
+    assert single["relative_error"] == pytest.approx(np.hypot(0.4, 0.1))
+    group = under_adam.influence("validation", subsets={"ten": range(10)}, shared=True)
+    assert metadata(group)["relative_error"] == 0.1
+    assert 0.1 * abs(group["mu"][0]) < group["se_shared"][0] < group["se"][0]
+    live = metadata(under_adam.influence("validation", sensitivity="live"))
+    assert (live["path_noise"], live["relative_error"]) == (0.0, 0.0)
 
 
 def test_live_signals_and_tracin_equal_a_naive_computation(run: fi.Run) -> None:

@@ -31,6 +31,7 @@ from finfluence.influence.relative import relative_influence, squared_lengths
 from finfluence.influence.self_influence import self_influence
 from finfluence.influence.shift import (
     Budget,
+    DerivativeError,
     Estimates,
     Removal,
     Replacement,
@@ -44,6 +45,7 @@ from finfluence.influence.table import (
     Estimator,
     InfluenceTable,
     Reporting,
+    null_errors,
     q_values,
     report,
 )
@@ -58,6 +60,7 @@ __all__ = [
     "Ceiling",
     "Centre",
     "Correction",
+    "DerivativeError",
     "Detection",
     "Estimates",
     "Estimator",
@@ -86,6 +89,7 @@ __all__ = [
     "kriged",
     "mean_over_pairs",
     "metadata",
+    "null_errors",
     "observations",
     "pairwise_jaccard",
     "pairwise_spearman",

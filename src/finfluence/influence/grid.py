@@ -73,6 +73,43 @@ class Grid:
     n_positions: int
 
 
+@dataclass(frozen=True)
+class Course:
+    """An epoch's signals as one course over positions, the same for all samples, times each sample's size, and a rest.
+
+    A learning rate that falls and a model that learns change all signals alike. That is no chance of a sample's.
+
+    Attributes:
+        sizes: (m,) a_i.
+        course: (G,) c_p, of length 1.
+        rest: (m, G) what a_i·c_p leaves, signals of mean 0 over samples.
+        degrees: of freedom of a row of the rest about its mean: of G − 1 the fit takes what of c is not constant, Σ_p (c_p
+            − c̄)².
+    """
+
+    sizes: Floats
+    course: Floats
+    rest: Floats
+    degrees: float
+
+    @classmethod
+    def of(cls, rows: Floats) -> "Course":
+        """Fits rows (m, G) by least squares; with fewer than three positions nothing is a course."""
+        places = rows.shape[1]
+        if places < 3:
+            return cls(np.zeros(len(rows)), np.zeros(places), rows, places - 1.0)
+        _, vectors = np.linalg.eigh(rows.T @ rows)
+        course = vectors[:, -1]
+        sizes = rows @ course
+        taken = float(((course - course.mean()) ** 2).sum())
+        return cls(sizes, course, rows - np.outer(sizes, course), places - 1 - taken)
+
+    @property
+    def spared(self) -> float:
+        """What squares of the rest about the mean are multiplied by: degrees of freedom without the fit over those with."""
+        return (self.rest.shape[1] - 1) / self.degrees
+
+
 def grid_weights(grid: Ints, sampler: ShuffledEpochs, *, positions: Positions) -> Grid:
     """Work out the weights of one epoch's grid.
 

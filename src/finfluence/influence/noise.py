@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from finfluence.errors import InputError
-from finfluence.influence._arrays import Floats, bin_sums, compact, credibility, one_of, signals
-from finfluence.influence.grid import Grid, Panel, Positions, ShuffledEpochs, grid_weights
+from finfluence.influence._arrays import Floats, bin_sums, compact, credibility, moderate, one_of, signals
+from finfluence.influence.grid import Course, Grid, Panel, Positions, ShuffledEpochs, grid_weights
 from finfluence.influence.totals import centred_signals
 
 
@@ -26,6 +26,9 @@ class Noise:
         drift: Σ over epochs of the variance over positions of the mean signal, which a sample's uncentred total has
             beyond v_i.
         relative_error: standard error of `variance` over `variance` itself, from the panel's finite number of samples.
+        own_course: ω², the share of the variance that is left without the course that all samples have in common (see
+            `Course`), which says nothing of how much another path would change. 1 where nothing tells.
+        own_per_sample: (n,) the same of each sample's share, Σ = ω²σ²; None: ω²·v_i.
         credibility: k; a subset of s samples takes the mean of its own v_i with the weight s/(s + k) and the mean over
             all samples with the rest. 0 where v_i is exact, larger the fewer visits stand behind it.
     """
@@ -37,6 +40,8 @@ class Noise:
     between: float = 0.0
     drift: float = 0.0
     relative_error: float = 0.0
+    own_course: float = 1.0
+    own_per_sample: Floats | None = None
     credibility: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,6 +52,13 @@ class Noise:
     def sigma(self) -> float:
         """σ, units of the measurement."""
         return float(np.sqrt(self.variance))
+
+    def on_own_course(self) -> "Noise":
+        """The part of the noise in which samples do not follow one course, see `own_course`."""
+        own = self.own_per_sample
+        if own is None and self.per_sample is not None:
+            own = self.own_course * self.per_sample
+        return replace(self, variance=self.own_course * self.variance, per_sample=own, between=0.0)
 
 
 def spread(noise: Noise, like: Noise) -> Noise:
@@ -99,6 +111,8 @@ def shuffled_noise(
     n = sampler.n_samples
     share = float(sampler.sizes().sum()) / n
     forms: list[Floats] = []
+    own: list[Floats] = []
+    spare = 0.0
     members: list[tuple[int, ...]] = []
     between = drift = 0.0
     for codes, places, matrix in panel.epochs(n):
@@ -107,6 +121,9 @@ def shuffled_noise(
         grid = grid_weights(places, sampler, positions=positions)
         column = matrix.mean(axis=0)
         form, row, wobble = quadratic_form(matrix - column, grid, n)
+        course = Course.of(matrix - column)
+        own.append(course.spared * quadratic_form(course.rest, grid, n)[0])
+        spare += course.degrees
         # Means over slots that drop_last leaves empty are means over visits times the share of visits.
         between += max(float((row**2).sum() / (len(codes) - 1) - wobble.mean()), 0.0) / share
         mean_form = quadratic_form(column[None, :], grid, n)[0][0] / n
@@ -122,6 +139,7 @@ def shuffled_noise(
     same = all(other == members[0] for other in members)
     parts = [np.sum(forms, axis=0)] if same else forms
     error = sum(part.var(ddof=1) / len(part) * (1 - len(part) / n) for part in parts)
+    apart = scale * sum(float(form.sum()) / (len(form) - 1) for form in own)
     per_sample = scale * parts[0] / (n - 1) if same and m == n else None
     missing = "" if scale == 1 else f" Scaled from {seen} to {epochs} epochs."
     return Noise(
@@ -132,6 +150,8 @@ def shuffled_noise(
         between=scale * between,
         drift=scale * drift,
         relative_error=scale * float(np.sqrt(error)) / variance if variance > 0 else 0.0,
+        own_course=min(1.0, apart / variance) if variance > 0 else 1.0,
+        own_per_sample=None if per_sample is None else moderate(scale * np.sum(own, axis=0) / (n - 1), spare),
     )
 
 

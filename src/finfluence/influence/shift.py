@@ -1,6 +1,7 @@
 """From per-sample totals and noise to μ and its standard error, for samples and any subsets, on arrays."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,43 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class DerivativeError:
+    """What the derivative of a run along its own path gets wrong, beside where the run happened to put its samples.
+
+    Another order of the data gives another path, with other sensitivities, and removing samples is a finite change. One
+    run shows neither; these are constants of the kind of training, set against retraining.
+
+    Attributes:
+        path: of another path, as a multiple of the error of placement where samples do not follow one course
+            (`Noise.own_course`).
+        each: relative error of every sample's μ, one sample's independent of another's: a subset has the root of the
+            sum of their squares.
+        joint: relative error of the μ of any subset.
+    """
+
+    path: float = 0.0
+    each: float = 0.0
+    joint: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(part >= 0 for part in (self.path, self.each, self.joint)):
+            raise InputError(f"{self} has a part that is not a number from 0 on")
+
+    def times(self, factor: float) -> "DerivativeError":
+        """All parts so many times.
+
+        Raises:
+            InputError: a negative factor.
+        """
+        return DerivativeError(self.path * factor, self.each * factor, self.joint * factor)
+
+    @property
+    def of_one(self) -> float:
+        """Relative error of the μ of a single sample."""
+        return math.hypot(self.each, self.joint)
+
+
+@dataclass(frozen=True)
 class Estimates:
     """μ and standard error of several subsets.
 
@@ -66,15 +104,19 @@ class Estimates:
         mu: (k,) in noise units; μ > 0: the samples support the measured behaviour.
         se: (k,) standard errors.
         size: (k,) numbers of samples.
+        null: (k,) standard errors where μ is 0, for tests of that: without what is relative to μ. None: `se`.
+        shared: (k,) the part of `se` that other runs of the training have in common with this one. None: nothing.
     """
 
     mu: Floats
     se: Floats
     size: Ints
+    null: Floats | None = None
+    shared: Floats | None = None
 
 
 def sample_estimates(
-    totals: SampleTotals, noise: Noise, *, removal: Removal | None = None, path_noise: float = 0.0
+    totals: SampleTotals, noise: Noise, *, removal: Removal | None = None, error: DerivativeError | None = None
 ) -> Estimates:
     """Estimate μ and se of every single sample.
 
@@ -82,16 +124,20 @@ def sample_estimates(
         totals: of n samples.
         noise: of the run.
         removal: what is compared; by default equal steps, small subsets.
-        path_noise: see `subset_estimates`.
+        error: see `subset_estimates`.
 
     Returns:
         Estimates of n rows in code order; NaN for samples that no batch held.
     """
     every = np.arange(totals.n_samples)
     packed = PackedSubsets([], every, every, np.ones(totals.n_samples, dtype=np.int64))
-    found = subset_estimates(totals, noise, packed=packed, removal=removal, path_noise=path_noise)
+    found = subset_estimates(totals, noise, packed=packed, removal=removal, error=error)
     unseen = totals.visits == 0
-    return Estimates(np.where(unseen, np.nan, found.mu), np.where(unseen, np.nan, found.se), found.size)
+
+    def seen(values: Floats | None) -> Floats | None:
+        return None if values is None else np.where(unseen, np.nan, values)
+
+    return replace(found, **{name: seen(getattr(found, name)) for name in ("mu", "se", "null", "shared")})
 
 
 def subset_estimates(
@@ -100,7 +146,7 @@ def subset_estimates(
     *,
     packed: PackedSubsets,
     removal: Removal | None = None,
-    path_noise: float = 0.0,
+    error: DerivativeError | None = None,
 ) -> Estimates:
     """Estimate μ_S = Δ_S/σ and its standard error for every packed subset.
 
@@ -112,29 +158,31 @@ def subset_estimates(
     where the f terms arise because the samples of S are also centred on one another (the sum over all samples is 0),
     τ²/b is the noise of the batch mean, and k = 1 − 1/b for centre="batch" or its inverse for "others". For small S and
     large b this is Σ_{i∈S} v_i. Uncentred (budget="epochs"): V_S + s·(1 − f)·noise.drift. Full signals: the error of
-    the mean over the grid, `SampleTotals.from_panel`. The noise's own relative error ρ (of the variance) adds (μ·ρ/2)²,
+    the mean over the grid, in part relative to μ (`SampleTotals.from_panel`). The noise's own relative error ρ (of the variance) adds (μ·ρ/2)²,
     by the delta method.
 
-    !!! Path noise
-        All this is the error of the shift along the run's own path. Another order of the data gives another path, with
-        other sensitivities. One run cannot show how much that moves a shift; `path_noise` says it as a multiple of the
-        standard error of var Δ_S above, and is added in squares.
+    !!! The derivative's own error
+        All this is the error of the shift along the run's own path. Let c, ρ_e and ρ_j be `error`'s path, each and
+        joint, and P_S the variance of placement where samples do not follow one course (`Noise.own_course`). Then
+
+            se² = (var Δ_S + c²·P_S)/σ² + ρ_e²·Σ_{i∈S} μ_i² + ρ_j²·μ_S²,
+
+        the sum less what S shares with the rest, as above. What is relative vanishes where μ_S = 0, and is left out of
+        the error that tests of that take: ρ_j always, ρ_e for single samples.
 
     Args:
         totals: of n samples.
         noise: of the run.
         packed: subsets of codes below n.
         removal: what is compared; by default equal steps, small subsets.
-        path_noise: 0 for none: conditional on the path.
+        error: of the derivative; none by default: the standard error is conditional on the path, and of first order.
 
     Raises:
-        InputError: a negative `path_noise`, zero noise (training does not depend on the order), or noise and totals of
+        InputError: zero noise (training does not depend on the order), or noise and totals of
             different samples.
     """
-    removal = removal or Removal()
+    removal, error = removal or Removal(), error or DerivativeError()
     n = totals.n_samples
-    if not path_noise >= 0:
-        raise InputError(f"path_noise is {path_noise}; give a number from 0 on, 1 for as much as placement noise")
     if not noise.variance > 0:
         raise InputError("the noise is zero: training does not depend on the order of its data, so μ is not defined")
     if noise.per_sample is not None and len(noise.per_sample) != n:
@@ -144,13 +192,30 @@ def subset_estimates(
     factor = removal.factor(packed.sizes, totals)
     shift = -factor * packed.sums(totals.centred if steps else totals.total)
     known = totals.centred_variance if steps else totals.total_variance
-    placed = _placement(totals, noise, packed=packed, steps=steps) if known is None or path_noise else 0.0
-    along = placed if known is None else packed.sums(known)
-    variance = factor**2 * (along + path_noise**2 * placed)
+    along = _placement(totals, noise, packed=packed, steps=steps) if known is None else packed.sums(known)
+    path = _placement(totals, noise.on_own_course(), packed=packed, steps=steps) if error.path else 0.0
+    variance = factor**2 * (along + error.path**2 * path)
     unit = removal.noise_ratio(packed.sizes, totals, noise=noise)
     mu = shift / (sigma * unit)
-    se = np.sqrt(variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2)
-    return Estimates(mu, se, packed.sizes)
+    own = variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2
+    each = error.each**2 * _squares(totals, packed, steps=steps) * (factor / (sigma * unit)) ** 2 if error.each else 0.0
+    relative = (error.joint * mu) ** 2
+    scale = (totals.common_error * mu) ** 2 if steps else 0.0
+    return Estimates(
+        mu,
+        np.sqrt(own + each + relative + scale),
+        packed.sizes,
+        null=np.sqrt(own + np.where(packed.sizes > 1, each, 0.0)),
+        shared=np.sqrt(each + relative),
+    )
+
+
+def _squares(totals: SampleTotals, packed: PackedSubsets, *, steps: bool) -> Floats:
+    """Sum of the squared shifts of each subset's samples, (k,), less what it shares with the rest."""
+    f = packed.sizes / totals.n_samples
+    squares = np.square(totals.centred if steps else totals.total)
+    own = packed.sums(squares)
+    return (1 - f) ** 2 * own + f**2 * (squares.sum() - own)
 
 
 def _placement(totals: SampleTotals, noise: Noise, *, packed: PackedSubsets, steps: bool) -> Floats:

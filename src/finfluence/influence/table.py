@@ -1,17 +1,27 @@
 """Influence as tables: one row a sample, subset or group, with interval, p-value and q-value."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from finfluence.errors import InputError
 from finfluence.influence._arrays import Floats, check_level, one_of
-from finfluence.influence.metadata import attach
+from finfluence.influence.metadata import attach, metadata
 from finfluence.influence.noise import Noise
-from finfluence.influence.shift import Budget, Estimates, Removal, Replacement, sample_estimates, subset_estimates
+from finfluence.influence.shift import (
+    Budget,
+    DerivativeError,
+    Estimates,
+    Removal,
+    Replacement,
+    sample_estimates,
+    subset_estimates,
+)
 from finfluence.influence.subsets import Ids, PackedSubsets, SampleIndex, Subsets
 from finfluence.influence.totals import SampleTotals
 
@@ -44,7 +54,13 @@ class Reporting:
 
 
 def report(
-    mu: ArrayLike, se: ArrayLike, *, reporting: Reporting | None = None, dof: ArrayLike = np.inf
+    mu: ArrayLike,
+    se: ArrayLike,
+    *,
+    reporting: Reporting | None = None,
+    dof: ArrayLike = np.inf,
+    null: ArrayLike | None = None,
+    null_dof: ArrayLike | None = None,
 ) -> dict[str, pl.Series]:
     """Return the columns mu, se, ci_low, ci_high, p_value and q_value of estimates.
 
@@ -53,17 +69,20 @@ def report(
         se: (k,) standard errors; NaN becomes null and leaves the columns behind it null.
         reporting: level, alternative and correction.
         dof: (k,) or () degrees of freedom of se; infinite: normal quantiles.
+        null: (k,) standard errors where μ is 0, for the p-values; se by default.
+        null_dof: (k,) or () degrees of freedom of these; dof by default.
     """
     from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
     reporting = reporting or Reporting()
     mus, errors = np.asarray(mu, dtype=np.float64), np.asarray(se, dtype=np.float64)
-    freedom = np.broadcast_to(np.asarray(dof, dtype=np.float64), mus.shape)
-    normal, finite = np.isinf(freedom), np.where(np.isinf(freedom), 1.0, freedom)
+    normal, finite = _degrees(dof, mus)
     tail = 0.5 + reporting.level / 2
     quantile = np.where(normal, ndtri(tail), stdtrit(finite, tail))
+    normal, finite = _degrees(dof if null_dof is None else null_dof, mus)
+    tested = errors if null is None else np.asarray(null, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(errors > 0, mus / errors, np.nan)
+        z = np.where(tested > 0, mus / tested, np.nan)
     below = np.where(normal, ndtr(z), stdtr(finite, z))
     above = np.where(normal, ndtr(-z), stdtr(finite, -z))
     p = {"harmful": below, "supporting": above, "two-sided": 2 * np.minimum(below, above)}[reporting.alternative]
@@ -76,6 +95,19 @@ def report(
         "q_value": q_values(p, correction=reporting.correction),
     }
     return {name: pl.Series(name, values, dtype=pl.Float64).fill_nan(None) for name, values in columns.items()}
+
+
+def _degrees(dof: ArrayLike, like: Floats) -> tuple[NDArray[np.bool_], Floats]:
+    """Where degrees of freedom are infinite, and those that are not."""
+    freedom = np.broadcast_to(np.asarray(dof, dtype=np.float64), like.shape)
+    return np.isinf(freedom), np.where(np.isinf(freedom), 1.0, freedom)
+
+
+def null_errors(frame: pl.DataFrame) -> Floats:
+    """Standard errors of a frame's estimates where μ is 0, (k,): without what is relative to μ; NaN where unknown."""
+    mu, se = (frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in ("mu", "se"))
+    relative = float(metadata(frame).get("relative_error", 0.0))
+    return np.sqrt(np.maximum(se**2 - (relative * mu) ** 2, 0.0))
 
 
 def q_values(p: ArrayLike, *, correction: Correction = "bh") -> Floats:
@@ -104,7 +136,8 @@ class InfluenceTable:
         budget: see `Removal`.
         replacement: see `Removal`.
         reporting: level, alternative and correction.
-        path_noise: see `subset_estimates`.
+        error: see `subset_estimates`.
+        shared: adds the column `se_shared`, the part of se that other runs of the training have in common with this one.
         meta: what else to attach to the frames (query, run, …).
     """
 
@@ -115,7 +148,8 @@ class InfluenceTable:
     budget: Budget = "steps"
     replacement: Replacement = "small"
     reporting: Reporting = Reporting()
-    path_noise: float = 0.0
+    error: DerivativeError = DerivativeError()
+    shared: bool = False
     meta: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -136,7 +170,7 @@ class InfluenceTable:
         if self.estimator == "tracin" or self.noise is None:
             found = _tracin(-self.totals.total, np.ones(self.totals.n_samples, dtype=np.int64))
         else:
-            found = sample_estimates(self.totals, self.noise, removal=self._removal, path_noise=self.path_noise)
+            found = sample_estimates(self.totals, self.noise, removal=self._removal, error=self.error)
         return self._frame({"sample": self.index.ids}, found)
 
     def subsets(self, subsets: Subsets) -> pl.DataFrame:
@@ -190,14 +224,20 @@ class InfluenceTable:
         if self.estimator == "tracin" or self.noise is None:
             found = _tracin(-packed.sums(self.totals.total), packed.sizes)
         else:
-            found = subset_estimates(
-                self.totals, self.noise, packed=packed, removal=self._removal, path_noise=self.path_noise
-            )
+            found = subset_estimates(self.totals, self.noise, packed=packed, removal=self._removal, error=self.error)
         labels = pl.Series(key, packed.names) if names is None else names
         return self._frame({key: labels, "size": pl.Series("size", found.size)}, found)
 
+    def _relative_error(self, keys: Mapping[str, Any]) -> float:
+        """What `null` leaves out of `se`, over μ."""
+        derivative = self.error.joint if "size" in keys else self.error.of_one
+        return math.hypot(derivative, self.totals.common_error if self.budget == "steps" else 0.0)
+
     def _frame(self, keys: dict[str, pl.Series], found: Estimates) -> pl.DataFrame:
-        frame = pl.DataFrame({**keys, **report(found.mu, found.se, reporting=self.reporting)})
+        columns = report(found.mu, found.se, reporting=self.reporting, null=found.null)
+        if self.shared:
+            columns["se_shared"] = pl.Series(np.zeros(len(found.mu)) if found.shared is None else found.shared)
+        frame = pl.DataFrame({**keys, **columns})
         how = {
             "estimator": self.estimator,
             "unit": "noise standard deviations" if self.estimator == "gaussian" else "units of the measurement",
@@ -208,7 +248,7 @@ class InfluenceTable:
         }
         if self.estimator == "gaussian" and self.noise is not None:
             how |= {"sigma": self.noise.sigma, "noise": self.noise.method, "noise_note": self.noise.note}
-            how |= {"path_noise": self.path_noise}
+            how |= {"path_noise": self.error.path, "relative_error": self._relative_error(keys)}
         return attach(frame, **how, **dict(self.meta))
 
 

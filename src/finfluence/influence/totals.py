@@ -1,5 +1,6 @@
 """Per-sample totals of one query's signals over a run: everything that the shift of any subset needs."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from finfluence.errors import InputError
-from finfluence.influence._arrays import Floats, Ints, bin_sums, compact, one_of, signals
-from finfluence.influence.grid import Panel, Positions, ShuffledEpochs, grid_weights
+from finfluence.influence._arrays import Floats, Ints, bin_sums, compact, moderate, one_of, signals
+from finfluence.influence.grid import Course, Panel, Positions, ShuffledEpochs, grid_weights
 
 Centre = Literal["batch", "others"]
 
@@ -25,6 +26,8 @@ class SampleTotals:
         batch: mean number of samples that x̄_t averages, as seen by a sample (full signals: n).
         centred_variance: (n,) variance of `centred` from the choice of grid positions; only full signals have it.
         total_variance: (n,) the same of `total`.
+        common_error: relative error of all `centred` alike from that choice, which falls on the course that samples have
+            in common (see `Course`); `centred_variance` is that of the rest.
     """
 
     visits: Floats
@@ -34,6 +37,7 @@ class SampleTotals:
     batch: float = np.inf
     centred_variance: Floats | None = None
     total_variance: Floats | None = None
+    common_error: float = 0.0
 
     def __post_init__(self) -> None:
         one_of(self.centre, ("batch", "others"), "centre")
@@ -88,7 +92,10 @@ class SampleTotals:
         expectation over shuffles. The mean over G of P positions errs with variance (1/G − 1/P)·s², s² the variance of
         the sample's centred signals over the grid with G − 1 ("random" positions), or half their mean squared
         successive difference ("regular" positions: one a stratum, neighbouring strata collapsed; Cochran 1977, 5A.12).
-        For a subset these variances are added, that is, errors of different samples are taken as uncorrelated.
+        For a subset these variances are added, that is, errors of different samples are taken as uncorrelated, but for
+        the course that centred signals have in common (`Course`): where the grid falls on it makes all of them too
+        large or too small together, a relative error of the same size for each sample and subset. What is left of few
+        positions says little of a single sample's variance, which is shrunk to the mean of all (`moderate`).
 
         Args:
             panel: all n samples in every epoch.
@@ -102,6 +109,7 @@ class SampleTotals:
         one_of(centre, ("batch", "others"), "centre")
         n = sampler.n_samples
         total, centred, total_variance, centred_variance = np.zeros((4, n))
+        common = degrees = 0.0
         epochs = 0
         for codes, places, matrix in panel.epochs(n):
             if len(codes) != n:
@@ -117,10 +125,15 @@ class SampleTotals:
             centred += deviation @ grid.linear / n
             factor = (grid.n_positions / n) ** 2 * (1 / len(places) - 1 / grid.n_positions)
             total_variance += factor * grid_spread(scaled, positions)
-            centred_variance += factor * grid_spread(deviation, positions)
+            course = Course.of(deviation)
+            centred_variance += factor * course.spared * grid_spread(course.rest, positions)
+            degrees += course.degrees
+            common += factor * float(grid_spread(course.course[None], positions)[0] * (course.sizes**2).sum())
             epochs += 1
-        visits = np.full(n, float(epochs))
-        return cls(visits, total, centred, centre, float(n), centred_variance, total_variance)
+        visits, square = np.full(n, float(epochs)), float((centred**2).sum())
+        error = math.sqrt(common / square) if square > 0 else 0.0
+        own = moderate(centred_variance, degrees)
+        return cls(visits, total, centred, centre, float(n), own, total_variance, error)
 
     def __add__(self, other: "SampleTotals") -> "SampleTotals":
         """Add the totals of another stretch of the same run, with no step in both: a large store is read in parts."""
@@ -129,6 +142,10 @@ class SampleTotals:
         visits = self.visits + other.visits
         share = float(self.visits.sum() / visits.sum())
         batch = 1 / (share / self.batch + (1 - share) / other.batch)
+        common = sum(
+            float((part.common_error * part.centred) @ (part.common_error * part.centred)) for part in (self, other)
+        )
+        square = float(((self.centred + other.centred) ** 2).sum())
         return SampleTotals(
             visits,
             self.total + other.total,
@@ -137,6 +154,7 @@ class SampleTotals:
             batch,
             _sum(self.centred_variance, other.centred_variance),
             _sum(self.total_variance, other.total_variance),
+            math.sqrt(common / square) if square > 0 else 0.0,
         )
 
 

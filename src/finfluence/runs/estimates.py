@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +12,7 @@ import polars as pl
 from finfluence.errors import InputError
 from finfluence.influence import (
     Budget,
+    DerivativeError,
     InfluenceTable,
     Noise,
     Panel,
@@ -31,13 +33,11 @@ from finfluence.signals import SignalArrays, SignalStore, SignalTable, arrays, p
 # Panels are taken at evenly spaced positions with a random offset.
 _POSITIONS = "regular"
 
-# What another path adds to the error of a replayed shift, as a multiple of placement noise: constants set by hand, see
+# What the derivative along one path gets wrong, by the optimizer: constants set by hand against retraining, see
 # "Coverage" in the benchmarks' section on calibration for what they cover and where. Adam's second moments differ from
-# path to path, so its sensitivities differ more. Where a mean over epochs is measured, its noise, the unit of all this,
-# is smaller than the end's, and the path's share of the error larger.
-PATH_NOISE = 1.0
-ADAM_PATH_NOISE = 2.0
-MEAN_PATH_NOISE = 1.0
+# path to path, so its sensitivities differ more, and a sample's share of a step is no multiple of its gradient.
+SGD_ERROR = DerivativeError(path=1.0, joint=0.1)
+ADAM_ERROR = DerivativeError(path=2.0, each=0.4, joint=0.1)
 # Epochs after which paths that began together are as far apart as they get. Before, their distance grows like that of
 # random walks, in squares with the epochs.
 PATH_EPOCHS = 3.0
@@ -53,7 +53,7 @@ def influence_table(
     estimator: TableEstimator,
     budget: Budget | None,
     shifts: Shifts = "kriged",
-    path_noise: float | None = None,
+    derivative_error: float = 1.0,
 ) -> InfluenceTable:
     """The influence table of one query of a run.
 
@@ -66,13 +66,15 @@ def influence_table(
             takes a removed sample's place, "steps" otherwise.
         shifts: "kriged": batch signals of a shuffled run with a panel are completed by prediction, see
             `finfluence.influence.kriged`; "plain": the sums as recorded.
-        path_noise: see `finfluence.influence.subset_estimates`; None for `usual_path_noise`.
+        derivative_error: how many times `usual_error` is counted.
 
     Raises:
         InputError: no signals, too little recorded for a noise estimate, or an unknown choice.
     """
     if shifts not in get_args(Shifts):
         raise InputError(f"unknown shifts {shifts!r}; choose one of {', '.join(get_args(Shifts))}")
+    if not derivative_error >= 0:
+        raise InputError(f"derivative_error is {derivative_error}; give a number from 0 on, 1 for what is usual")
     index = SampleIndex(store.samples().select("sample").collect()["sample"])
     panel = read_panel(store, query, index) if table == "signals" else None
     sampler = str(store.manifest.get("sampler", "shuffled"))
@@ -99,7 +101,7 @@ def influence_table(
         budget=budget or ("epochs" if sampler == "poisson" else "steps"),
         replacement="exact",
         reporting=Reporting(),
-        path_noise=usual_path_noise(store, table) if path_noise is None else path_noise,
+        error=usual_error(store, table).times(derivative_error),
         meta=(
             ("query", query),
             ("run", store.directory),
@@ -109,15 +111,13 @@ def influence_table(
     )
 
 
-def usual_path_noise(store: SignalStore, table: SignalTable) -> float:
-    """The multiple of placement noise counted for the path; 0 for live signals, which are not calibrated anyway."""
+def usual_error(store: SignalStore, table: SignalTable) -> DerivativeError:
+    """What is counted for other paths and finite changes; nothing for live signals, which are not calibrated anyway."""
     if _sensitivity(store, table) == "live":
-        return 0.0
+        return DerivativeError()
     optimizer = store.manifest.get("optimizer") or {}
-    usual = ADAM_PATH_NOISE if "adam" in str(optimizer.get("name", "")).lower() else PATH_NOISE
-    measured = (store.manifest.get("replay") or {}).get("measured_epochs") or ()
-    apart = math.sqrt(min(1.0, recorded_epochs(store) / PATH_EPOCHS))
-    return apart * (usual + MEAN_PATH_NOISE if len(measured) > 1 else usual)
+    usual = ADAM_ERROR if "adam" in str(optimizer.get("name", "")).lower() else SGD_ERROR
+    return replace(usual, path=usual.path * math.sqrt(min(1.0, recorded_epochs(store) / PATH_EPOCHS)))
 
 
 def _sensitivity(store: SignalStore, table: SignalTable) -> str:

@@ -116,7 +116,7 @@ class PooledRuns:
             InputError: a query that a run does not have, or without what `relative` needs.
         """
         asked = {"subsets": subsets, "groups": groups, "level": level, "shifts": shifts, "relative": relative}
-        frames = self.each(query, **asked)
+        frames = self.each(query, **asked, shared=query != SELF)
         pooled = pool_frames(frames, reporting=Reporting(level=level, alternative=alternative, correction=correction))
         warn_of_copies(*aligned(frames, "mu", on=pooled.columns[0]))
         if query == SELF:
@@ -224,7 +224,7 @@ def _in_common_unit(frames: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """Influence frames in the unit of the root mean square of their noises σ."""
     sigmas = [float(metadata(frame)["sigma"]) for frame in frames]
     common = (sum(sigma**2 for sigma in sigmas) / len(sigmas)) ** 0.5
-    scaled = ("mu", "se", "ci_low", "ci_high", "relative")
+    scaled = ("mu", "se", "ci_low", "ci_high", "se_shared", "relative")
     return [
         attach(
             frame.with_columns(pl.col([c for c in scaled if c in frame.columns]) * (sigma / common)),

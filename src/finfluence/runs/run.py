@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -99,8 +100,9 @@ class Run:
         correction: Correction = "bh",
         budget: Budget | None = None,
         shifts: Shifts = "kriged",
-        path_noise: float | None = None,
+        derivative_error: float = 1.0,
         relative: bool = False,
+        shared: bool = False,
     ) -> pl.DataFrame:
         """Influence on a query: one row a sample, or a subset, or a group.
 
@@ -123,17 +125,20 @@ class Run:
             shifts: of the gaussian estimator on batch signals: "kriged" predicts from the noise panel what a sample's
                 signals were where no batch held it, and corrects the panel's noise; "plain" sums what was recorded.
                 Where a run has no panel, has full signals or another sampler than shuffling, both are the same.
-            path_noise: what standard errors count for the path, which would be another in a rerun: a multiple of the
-                error from where batches held the samples. By default 1 for replayed signals under SGD and 2 under
-                Adam, one more where a mean over epochs is measured, less after one or two epochs; 0 makes them
-                conditional on this run's path.
+            derivative_error: how many times standard errors count what they usually do for other paths of the training
+                and for removal being no small change (see `finfluence.influence.DerivativeError`): 0 makes them
+                conditional on this run's path and of first order. Live signals count nothing.
             relative: adds the column `relative`, μ at the median length of gradient (see
                 `finfluence.influence.relative_influence`): rows that are about the query come first by it, where μ also
                 puts those first that weigh much in everything. For single samples of a run with self-influence.
 
+            shared: adds the column `se_shared`, the part of se that other runs of this training have in common with it,
+                which averaging over runs does not make less.
+
         Returns:
             Columns sample (or subset and size, or group and size), mu, se, ci_low, ci_high, p_value, q_value, and
-            relative where it was asked for.
+            se_shared and relative where they were asked for. Intervals have errors relative to μ in them; p-values
+            are against μ = 0, where there are none.
 
         Raises:
             InputError: unknown query, estimator or column; a subset that is empty, the whole set, or names unknown ids.
@@ -160,7 +165,8 @@ class Run:
                 correction=correction,
                 budget=budget,
                 shifts=shifts,
-                path_noise=path_noise,
+                derivative_error=derivative_error,
+                shared=shared,
             )
             return self._with_relative(frame, own)
         self.store.check_query(query)
@@ -180,8 +186,10 @@ class Run:
                 f'the {estimator} estimator takes ids, for example subsets={{"web": ids}}; names alone are for watched '
                 "subsets and the two-stage estimators"
             )
-        found = self._table(query, table, estimator, budget, shifts=shifts, path=path_noise)
-        found = found.with_reporting(level=level, alternative=alternative, correction=correction)
+        found = self._table(query, table, estimator, budget, shifts=shifts, error=derivative_error)
+        found = replace(
+            found.with_reporting(level=level, alternative=alternative, correction=correction), shared=shared
+        )
         if subsets is not None:
             frame = found.subsets(subsets)
         elif groups is not None:
@@ -253,12 +261,18 @@ class Run:
         budget: Budget | None,
         *,
         shifts: Shifts = "plain",
-        path: float | None = None,
+        error: float = 1.0,
     ) -> Any:
-        key = (query, table, estimator, budget, shifts, path)
+        key = (query, table, estimator, budget, shifts, error)
         if key not in self._tables:
             self._tables[key] = influence_table(
-                self.store, query, table=table, estimator=estimator, budget=budget, shifts=shifts, path_noise=path
+                self.store,
+                query,
+                table=table,
+                estimator=estimator,
+                budget=budget,
+                shifts=shifts,
+                derivative_error=error,
             )
         return self._tables[key]
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError
-from finfluence.influence import Correction, attach, metadata
+from finfluence.influence import Correction, attach, metadata, null_errors
 from finfluence.runs.pooling import Recorded
 from finfluence.tradeoff import GaussianInfluence, error_budget
 from finfluence.workflows._cut_files import CONTENT, write_cut
@@ -268,9 +268,10 @@ def clean(
         found = _figures(frame[positions], rule).join(about, on="sample", how="left", maintain_order="left")
         predicted = selection.influence_of(positions) if 0 < len(positions) < samples.height else None
         if rule.fdr is not None and len(positions) > max(1.5 * selection.recommended, samples.height * LARGE_CUT):
+            outstanding = f"Only {selection.recommended}" if selection.recommended else "None"
             notes = (
-                f"Only {selection.recommended} of them stand out; the others are significant but bring little each, "
-                "and other data than this query's may not gain from losing them (--top recommended stops there).",
+                f"{outstanding} of them can be told to stand out; the others are significant but bring little each, and "
+                "other data than this query's may not gain from losing them (--top recommended stops there).",
             )
     else:
         frame = run.influence(query, groups=group, alternative=effect, correction=correction, level=level)
@@ -350,7 +351,8 @@ def _predict_groups(
         return None
     union = run.influence(query, subsets={"cut": ids})
     naive, naive_se = float(union["mu"][0]), float(union["se"][0])
-    mu, se, size = (frame[c].to_numpy().astype(np.float64) for c in ("mu", "se", "size"))
+    mu, size = (frame[c].to_numpy().astype(np.float64) for c in ("mu", "size"))
+    se = null_errors(frame)
     known = np.flatnonzero(np.isfinite(mu) & (se > 0))
     total = float(mu[chosen].sum())
     if len(known) < 3 or not np.isin(chosen, known).all() or not total:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from finfluence.errors import InputError
-from finfluence.influence import Correction, attach
+from finfluence.influence import Correction, attach, null_errors
 from finfluence.runs.pooling import Recorded
 from finfluence.runs.run import Run
 from finfluence.signals import open_folder
@@ -30,10 +30,10 @@ SURE = 0.95
 # How many times the average row's influence a row must have to stand out.
 STANDING_OUT = 2.0
 
-# Relative standard error of a cut's prediction, beside that of its rows: a derivative is not a finite change, and each
-# path has a scale of its own. Set by hand on `python -m benchmarks cuts`, where retraining measured 0.8 to 1.5 times as
+# Relative standard error of a cut's prediction, beside that of its rows and of any subset (`DerivativeError`): chosen
+# rows are alike, and what is more than a small change is more so for them. Set by hand on `python -m benchmarks cuts`, where retraining measured 0.8 to 1.5 times as
 # much as was predicted, and less (0.7) where a tenth of clean data was cut.
-SCALE_ERROR = 0.2
+SCALE_ERROR = 0.17
 _MEASURED = {"k": pl.Int64, "mu": pl.Float64, "se": pl.Float64, "ci_low": pl.Float64, "ci_high": pl.Float64}
 
 
@@ -89,7 +89,7 @@ class Selection:
     @cached_property
     def shrunk(self) -> Shrunk:
         """True influences given the estimates of all rows."""
-        mu, se = self.frame["mu"].to_numpy(), self.frame["se"].to_numpy()
+        mu, se = self.frame["mu"].to_numpy(), null_errors(self.frame)
         positive = se[np.isfinite(se) & (se > 0)]
         if not len(positive):
             raise InputError(f"no influence on {self.query!r} has a standard error, so no cut can be predicted")
@@ -103,7 +103,7 @@ class Selection:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What to know of the estimates, one sentence each."""
-        mu, se = self.frame["mu"].to_numpy(), self.frame["se"].to_numpy()
+        mu, se = self.frame["mu"].to_numpy(), null_errors(self.frame)
         known = np.isfinite(mu) & (se > 0)
         size = float(np.sqrt(np.mean((mu[known] / se[known]) ** 2))) if known.sum() >= LEAST_ROWS else 1.0
         if size >= 1.0:
@@ -131,7 +131,7 @@ class Selection:
         """
         ids = self.frame["sample"]
         plain = self.run.influence(self.query, subsets=[ids.gather(cut) for cut in cuts])
-        mu, se = self.frame["mu"].to_numpy(), self.frame["se"].to_numpy()
+        mu, se = self.frame["mu"].to_numpy(), null_errors(self.frame)
         n = self.frame.height
         rows: list[dict[str, float]] = []
         for cut, naive, naive_se in zip(cuts, plain["mu"].to_list(), plain["se"].to_list(), strict=True):
@@ -139,7 +139,7 @@ class Selection:
             total = float(mu[known].sum())
             factor = naive / total if abs(total) > 1e-12 * float(np.abs(mu[known]).sum()) else 1.0
             mean = factor * float(self.shrunk.mean[known].sum())
-            # what the plain estimate's error has beyond the rows' own is common to all rows: the error of σ
+            # what the plain estimate's error has beyond the rows' own goes with μ: the derivative's error, and that of σ
             own = factor**2 * (1 - len(cut) / n) * float((se[known] ** 2).sum())
             common = max(naive_se**2 - own, 0.0) * (mean / naive) ** 2 if naive else 0.0
             error = np.sqrt(factor**2 * self.shrunk.sum_error(known) ** 2 + common + (SCALE_ERROR * mean) ** 2)
