@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ SINGLE = 2  # answers that are asked about by themselves
 RANDOM, SHARE = 4, 0.05  # random groups, and the share of the rows in each
 ADAPTERS = 1  # seed of the adapters, the same in every training
 Z = 1.959964  # half the width of a 95 % interval, in standard errors
+FDR = 0.05
 Row = dict[str, Any]
 
 AGREEMENT = {
@@ -51,6 +52,15 @@ AGREEMENT = {
     "queries": "queries",
     "groups": "groups",
     "retrainings": "retrainings an arm",
+}
+CERTAIN = {
+    "problem": "entity",
+    "runs": "estimates",
+    "query": "query",
+    "flagged": "significant rows|.0f",
+    "found": "planted among them|.1f",
+    "lowest": "lowest of the runs",
+    "planted": "planted",
 }
 GROUPS = {"problem": "entity", "query": "query", "group": "group", "rows": "rows"}
 MEASURED = {"measured": "retrained: μ|.1f"}
@@ -189,6 +199,19 @@ def effects(
     return rows
 
 
+def certain(problem: str, planted: np.ndarray, found: Mapping[str, Sequence[fi.Run | fi.PooledRuns]]) -> list[Row]:
+    """Single rows that are significant at a false-discovery rate of 5 %, means over the runs of each kind."""
+    rows = []
+    for kind, runs in found.items():
+        for query in QUERIES:
+            flags = [run.influence(query, alternative="supporting")["q_value"].to_numpy() <= FDR for run in runs]
+            seen = [int(f[planted].sum()) for f in flags]
+            row: Row = {"problem": problem, "runs": kind, "query": query, "planted": int(planted.sum())}
+            row |= {"flagged": np.mean([f.sum() for f in flags]), "found": np.mean(seen), "lowest": min(seen)}
+            rows.append(row)
+    return rows
+
+
 def _compare(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     settings, size = Settings(), "quick" if options.quick else "cpu"
@@ -198,16 +221,19 @@ def _compare(options: argparse.Namespace) -> None:
     record = Record("poison_truth", options, seeds={"recorded runs": seeds, "adapters": ADAPTERS})
     agreed: list[Row] = []
     shown: list[Row] = []
+    sure: list[Row] = []
     for entity in entities:
-        compared = Comparison(make_problem(entity, SIZES[size]), settings, options.scratch / size / entity)
+        problem = make_problem(entity, SIZES[size])
+        compared = Comparison(problem, settings, options.scratch / size / entity)
         queries = list(compared.queries)
         recorded = [compared.recorded(seed) for seed in seeds]
-        truth = compared.truth(runs, options.processes)
-        one = f"one run (means over {len(seeds)})"
-        found = {one: [estimates(run, queries, compared.groups) for run in recorded]}
+        kinds: dict[str, list[fi.Run | fi.PooledRuns]] = {"one run": [*recorded]}
         if len(seeds) > 1:
-            pooled = fi.open_runs([run.directory for run in recorded])
-            found[f"{len(seeds)} runs as one"] = [estimates(pooled, queries, compared.groups)]
+            kinds[f"{len(seeds)} runs as one"] = [fi.PooledRuns(recorded)]
+        sure += certain(entity, problem.planted, kinds)
+        record.table("Single rows", CERTAIN, sure)
+        truth = compared.truth(runs, options.processes)
+        found = {kind: [estimates(run, queries, compared.groups) for run in of] for kind, of in kinds.items()}
         agreed += agreements(entity, truth, found, queries)
         shown += effects(entity, truth, found, compared.groups)
         record.table("Agreement with retraining", AGREEMENT, agreed)

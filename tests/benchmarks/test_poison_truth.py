@@ -2,13 +2,14 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.poison.data import SIZES, make_problem
 from benchmarks.poison.model import AdaptedModel, Adapters
-from benchmarks.poison_truth import RANDOM, Start, agreements, effects, estimates, groups
+from benchmarks.poison_truth import RANDOM, Start, agreements, certain, effects, estimates, groups
 from poison_tiny import tiny_llama
 
 import finfluence as fi
@@ -52,7 +53,7 @@ def test_every_training_starts_from_the_same_adapters(tmp_path: Path) -> None:
 
 def test_tables_hold_estimates_beside_what_was_measured(tmp_path: Path) -> None:
     recipe = digits(samples=80, epochs=2, batch_size=8, hidden=8)
-    queries = {name: recipe.queries["validation"] for name in ("negative", "contrast")}
+    queries: dict[str, Any] = dict.fromkeys(("negative", "contrast"), recipe.queries["validation"])
     subsets = {name: list(range(start, start + 8)) for name, start in (("a", 0), ("b", 20), ("c", 50))}
     runs = [
         recipe.train(tmp_path / f"run{seed}", queries=queries, seed=seed, sensitivity="replay", show_progress="never")
@@ -80,6 +81,10 @@ def test_tables_hold_estimates_beside_what_was_measured(tmp_path: Path) -> None:
     assert [(r["query"], r["group"]) for r in rows[:4]] == [
         (q, g) for q, g in zip(["negative"] * 3 + ["contrast"], "abca", strict=True)
     ]
+    assert recipe.samples is not None
+    single = certain("digits", recipe.samples["planted"].to_numpy(), {"one run": runs})
+    assert [r["query"] for r in single] == ["negative", "contrast"]
+    assert 0 <= single[0]["lowest"] <= single[0]["found"] <= single[0]["flagged"] <= 80
     frame = runs[0].influence("negative", subsets=subsets)
     for at, r in enumerate(rows[:3]):
         assert r["one run"] == pytest.approx([frame[key][at] for key in ("mu", "ci_low", "ci_high")])

@@ -170,7 +170,7 @@ def test_full_signals_have_the_grid_error_and_the_noise_its_own():
 
 def test_the_derivatives_error_is_its_formula():
     """Path noise where samples have no course in common, and errors relative to the samples' μ and to the subset's."""
-    _, matrix, panel, noise = setting(9)
+    _, _, panel, noise = setting(9)
     totals = SampleTotals.from_panel(panel, ShuffledEpochs(N, BATCH))
     packed, error = SampleIndex(N).pack(SUBSETS), DerivativeError(path=1.5, each=0.3, joint=0.2)
     found = subset_estimates(totals, noise, packed=packed, error=error)

@@ -83,8 +83,8 @@ class Course:
         sizes: (m,) a_i.
         course: (G,) c_p, of length 1.
         rest: (m, G) what a_i·c_p leaves, signals of mean 0 over samples.
-        degrees: of freedom of a row of the rest about its mean: of G − 1 the fit takes what of c is not constant, Σ_p (c_p
-            − c̄)².
+        degrees: of freedom of a row of the rest about its mean: of G − 1 the fit takes what of c is not constant,
+            Σ_p (c_p − c̄)².
     """
 
     sizes: Floats
@@ -106,7 +106,7 @@ class Course:
 
     @property
     def spared(self) -> float:
-        """What squares of the rest about the mean are multiplied by: degrees of freedom without the fit over those with."""
+        """What squares of the rest about the mean count: degrees of freedom without the fit over those with it."""
         return (self.rest.shape[1] - 1) / self.degrees
 
 

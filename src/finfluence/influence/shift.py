@@ -96,6 +96,9 @@ class DerivativeError:
         return math.hypot(self.each, self.joint)
 
 
+NO_ERROR = DerivativeError()
+
+
 @dataclass(frozen=True)
 class Estimates:
     """μ and standard error of several subsets.
@@ -158,8 +161,8 @@ def subset_estimates(
     where the f terms arise because the samples of S are also centred on one another (the sum over all samples is 0),
     τ²/b is the noise of the batch mean, and k = 1 − 1/b for centre="batch" or its inverse for "others". For small S and
     large b this is Σ_{i∈S} v_i. Uncentred (budget="epochs"): V_S + s·(1 − f)·noise.drift. Full signals: the error of
-    the mean over the grid, in part relative to μ (`SampleTotals.from_panel`). The noise's own relative error ρ (of the variance) adds (μ·ρ/2)²,
-    by the delta method.
+    the mean over the grid, in part relative to μ (`SampleTotals.from_panel`). The noise's own relative error ρ (of the
+    variance) adds (μ·ρ/2)², by the delta method.
 
     !!! The derivative's own error
         All this is the error of the shift along the run's own path. Let c, ρ_e and ρ_j be `error`'s path, each and
@@ -181,7 +184,7 @@ def subset_estimates(
         InputError: zero noise (training does not depend on the order), or noise and totals of
             different samples.
     """
-    removal, error = removal or Removal(), error or DerivativeError()
+    removal, error = removal or Removal(), error or NO_ERROR
     n = totals.n_samples
     if not noise.variance > 0:
         raise InputError("the noise is zero: training does not depend on the order of its data, so μ is not defined")
@@ -198,7 +201,7 @@ def subset_estimates(
     unit = removal.noise_ratio(packed.sizes, totals, noise=noise)
     mu = shift / (sigma * unit)
     own = variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2
-    each = error.each**2 * _squares(totals, packed, steps=steps) * (factor / (sigma * unit)) ** 2 if error.each else 0.0
+    each = (error.each * factor / (sigma * unit)) ** 2 * _squares(totals, packed, steps=steps)
     relative = (error.joint * mu) ** 2
     scale = (totals.common_error * mu) ** 2 if steps else 0.0
     return Estimates(

@@ -14,6 +14,7 @@ from finfluence.influence._arrays import Floats, check_level, one_of
 from finfluence.influence.metadata import attach, metadata
 from finfluence.influence.noise import Noise
 from finfluence.influence.shift import (
+    NO_ERROR,
     Budget,
     DerivativeError,
     Estimates,
@@ -137,7 +138,7 @@ class InfluenceTable:
         replacement: see `Removal`.
         reporting: level, alternative and correction.
         error: see `subset_estimates`.
-        shared: adds the column `se_shared`, the part of se that other runs of the training have in common with this one.
+        shared: adds the column `se_shared`, the part of se that other runs of the training have in common with this.
         meta: what else to attach to the frames (query, run, …).
     """
 
@@ -148,7 +149,7 @@ class InfluenceTable:
     budget: Budget = "steps"
     replacement: Replacement = "small"
     reporting: Reporting = Reporting()
-    error: DerivativeError = DerivativeError()
+    error: DerivativeError = NO_ERROR
     shared: bool = False
     meta: tuple[tuple[str, Any], ...] = ()
 

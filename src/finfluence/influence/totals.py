@@ -26,8 +26,8 @@ class SampleTotals:
         batch: mean number of samples that x̄_t averages, as seen by a sample (full signals: n).
         centred_variance: (n,) variance of `centred` from the choice of grid positions; only full signals have it.
         total_variance: (n,) the same of `total`.
-        common_error: relative error of all `centred` alike from that choice, which falls on the course that samples have
-            in common (see `Course`); `centred_variance` is that of the rest.
+        common_error: relative error of all `centred` alike from that choice, which falls on the course that samples
+            have in common (see `Course`); `centred_variance` is that of the rest.
     """
 
     visits: Floats

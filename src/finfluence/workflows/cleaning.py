@@ -270,8 +270,8 @@ def clean(
         if rule.fdr is not None and len(positions) > max(1.5 * selection.recommended, samples.height * LARGE_CUT):
             outstanding = f"Only {selection.recommended}" if selection.recommended else "None"
             notes = (
-                f"{outstanding} of them can be told to stand out; the others are significant but bring little each, and "
-                "other data than this query's may not gain from losing them (--top recommended stops there).",
+                f"{outstanding} of them can be told to stand out; the others are significant but bring little each, "
+                "and other data than this query's may not gain from losing them (--top recommended stops there).",
             )
     else:
         frame = run.influence(query, groups=group, alternative=effect, correction=correction, level=level)

@@ -31,8 +31,9 @@ SURE = 0.95
 STANDING_OUT = 2.0
 
 # Relative standard error of a cut's prediction, beside that of its rows and of any subset (`DerivativeError`): chosen
-# rows are alike, and what is more than a small change is more so for them. Set by hand on `python -m benchmarks cuts`, where retraining measured 0.8 to 1.5 times as
-# much as was predicted, and less (0.7) where a tenth of clean data was cut.
+# rows are alike, and what is more than a small change is more so for them. Set by hand on `python -m benchmarks cuts`,
+# where retraining measured 0.8 to 1.5 times as much as was predicted, and less (0.7) where a tenth of clean data was
+# cut.
 SCALE_ERROR = 0.17
 _MEASURED = {"k": pl.Int64, "mu": pl.Float64, "se": pl.Float64, "ci_low": pl.Float64, "ci_high": pl.Float64}
 
@@ -139,7 +140,7 @@ class Selection:
             total = float(mu[known].sum())
             factor = naive / total if abs(total) > 1e-12 * float(np.abs(mu[known]).sum()) else 1.0
             mean = factor * float(self.shrunk.mean[known].sum())
-            # what the plain estimate's error has beyond the rows' own goes with μ: the derivative's error, and that of σ
+            # what the plain estimate's error has beyond the rows' own goes with μ: the derivative's, and that of σ
             own = factor**2 * (1 - len(cut) / n) * float((se[known] ** 2).sum())
             common = max(naive_se**2 - own, 0.0) * (mean / naive) ** 2 if naive else 0.0
             error = np.sqrt(factor**2 * self.shrunk.sum_error(known) ** 2 + common + (SCALE_ERROR * mean) ** 2)
