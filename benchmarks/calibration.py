@@ -28,7 +28,8 @@ import finfluence as fi
 from benchmarks._calibration_problems import SETTINGS, Data, Setting, sample_table
 from finfluence.influence import agreement, ceiling, detection
 
-Estimate = tuple[np.ndarray, np.ndarray]
+# μ, its standard error, and the part of that by which another run would differ, each (queries, subsets)
+Estimate = tuple[np.ndarray, np.ndarray, np.ndarray]
 # What a row shows: the recording that it reads, and how.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "live, batch": ("batch", {"sensitivity": "live"}),
@@ -83,15 +84,16 @@ def single_queries(data: Data) -> list[str]:
 
 
 def estimate(run: fi.Run, data: Data, how: dict[str, Any]) -> Estimate:
-    frames = [run.influence(q, subsets=data.subsets, **how) for q in single_queries(data)]
-    return np.array([f["mu"].to_numpy() for f in frames]), np.array([f["se"].to_numpy() for f in frames])
+    frames = [run.influence(q, subsets=data.subsets, shared=True, **how) for q in single_queries(data)]
+    mu, se, shared = (np.array([f[key].to_numpy() for f in frames]) for key in ("mu", "se", "se_shared"))
+    return mu, se, np.sqrt(np.maximum(se**2 - shared**2, 0.0))
 
 
 def pooled(runs: list[fi.Run], data: Data) -> Estimate:
     """Pooled μ, and the standard error whose normal interval is as wide as the pooled t-interval."""
     frames = [fi.pool(runs, q, subsets=data.subsets) for q in single_queries(data)]
-    half = [(f["ci_high"] - f["ci_low"]).to_numpy() / 2 for f in frames]
-    return np.array([f["mu"].to_numpy() for f in frames]), np.array(half) / 1.959964
+    mu, low, high = (np.array([f[key].to_numpy() for f in frames]) for key in ("mu", "ci_low", "ci_high"))
+    return mu, (high - low) / 2 / 1.959964, np.zeros_like(mu)
 
 
 def flips_found(run: fi.Run, how: dict[str, Any]) -> float:
@@ -99,11 +101,13 @@ def flips_found(run: fi.Run, how: dict[str, Any]) -> float:
     return detection(-mu, run.samples()["planted"].to_numpy()).auroc
 
 
-def row(kind: str, estimates: list[Estimate], truth: Estimate, top: Any, aurocs: list[float]) -> dict[str, Any]:
+def row(
+    kind: str, estimates: list[Estimate], truth: tuple[np.ndarray, np.ndarray], top: Any, aurocs: list[float]
+) -> dict[str, Any]:
     """One line of the table: means over estimates."""
-    scores = [agreement(mu, truth[0], ceiling=top, estimated_se=se, truth_se=truth[1]) for mu, se in estimates]
+    scores = [agreement(mu, truth[0], ceiling=top, estimated_se=se, truth_se=truth[1]) for mu, se, _ in estimates]
     # The width of a pooled t-interval is not the error of the estimate, so pooled rows are not disattenuated.
-    reliable = [0.0 if "pooled" in kind else 1 - float((se**2).mean() / mu.var()) for mu, se in estimates]
+    reliable = [1 - float((own**2).mean() / mu.var()) if own.any() else 0.0 for mu, _, own in estimates]
 
     def mean(values: list[float]) -> float | None:
         return float(np.mean(values)) if values else None
