@@ -99,7 +99,7 @@ def test_kriged_shifts_and_the_derivatives_error(tmp_path: Path) -> None:
     )
     kriged, plain = own.influence("validation"), own.influence("validation", shifts="plain")
     assert (metadata(kriged)["shifts"], metadata(plain)["shifts"]) == ("kriged", "plain")
-    assert (metadata(kriged)["path_noise"], metadata(kriged)["relative_error"]) == (1.0, 0.1)
+    assert (metadata(kriged)["path_noise"], metadata(kriged)["relative_error"]) == (1.5, 0.1)
     assert 0.8 < np.corrcoef(kriged["mu"], plain["mu"])[0, 1] < 0.9999
     on_path = own.influence("validation", derivative_error=0.0)
     assert on_path["mu"].equals(kriged["mu"])
