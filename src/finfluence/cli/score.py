@@ -14,6 +14,7 @@ from finfluence.errors import InputError
 from finfluence.runs.pooling import PooledRuns, Recorded, check_query, open_runs
 from finfluence.runs.run import RunEstimator
 from finfluence.tradeoff import SIGN_CONVENTION
+from finfluence.workflows.removal import large_groups_note
 
 
 def read_ids(path: Path, run: Recorded) -> list[Any]:
@@ -114,6 +115,8 @@ def score(
     of = ", relative to the gradient's length" if relative else ""
     of += f", {len(runs)} runs averaged" if len(runs) > 1 else ""
     print_table(ordered.head(top), title=f"Influence on {name!r}{of}, most {effect} first")
+    if "size" in frame.columns and (note := large_groups_note(ordered, opened.samples().height)):
+        print(note)
     if frame.height > top:
         print(
             f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.",

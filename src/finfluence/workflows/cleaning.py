@@ -15,7 +15,16 @@ from finfluence.influence import Correction, attach, metadata, null_errors
 from finfluence.runs.pooling import Recorded
 from finfluence.tradeoff import GaussianInfluence, error_budget
 from finfluence.workflows._cut_files import CONTENT, write_cut
-from finfluence.workflows.removal import LARGE_CUT, SCALE_ERROR, Effect, Selection, caveats, chance_text, large_cut_note
+from finfluence.workflows.removal import (
+    LARGE_CUT,
+    SCALE_ERROR,
+    Effect,
+    Selection,
+    caveats,
+    chance_text,
+    large_cut_note,
+    large_groups_note,
+)
 from finfluence.workflows.shrinkage import shrink
 
 _CORRECTIONS = {"bh": "Benjamini–Hochberg", "by": "Benjamini–Yekutieli"}
@@ -205,10 +214,14 @@ class Cleaning:
             self.rule.headline(self.effect, self.query, size=size),
             f"  predicted influence of the cut as a whole: μ = {self.predicted.mu:+.2f} "
             f"({100 * self.rule.level:.3g} % {low:+.2f} to {high:+.2f})",
-            f"  {in_words(self.predicted, size=self.dropped.height, query=self.query)}",
         ]
-        if self.share > LARGE_CUT:
-            lines.append(f"  {large_cut_note(self.share)}")
+        words = f"  {in_words(self.predicted, size=self.dropped.height, query=self.query)}"
+        if self.group is not None:
+            sizes = self.dropped.group_by("group", maintain_order=True).agg(size=pl.len())
+            note = large_groups_note(sizes, n)
+            lines.append(f"  {note}" if note else words)  # of whole kinds no probability is worth its name
+        else:
+            lines += [words, f"  {large_cut_note(self.share)}"] if self.share > LARGE_CUT else [words]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:

@@ -23,6 +23,7 @@ VERIFIED_FILE = "verified.json"
 
 # Share of the data above which removing rows is no small change, and a first-order prediction only a direction.
 LARGE_CUT = 0.05
+_NAMED = 6  # groups that a note names
 # Estimates below which it cannot be told how large they are beside their errors.
 LEAST_ROWS = 30
 # The least share of the recommended cut's rows that is expected to work in the asked direction.
@@ -314,6 +315,25 @@ def large_cut_note(share: float) -> str:
     return (
         f"A cut of {100 * share:.0f} % of the data is large: a first-order prediction holds for a few per cent; "
         "beyond, it gives the direction and tends to promise too much. Verify before relying on its size."
+    )
+
+
+def large_groups_note(frame: pl.DataFrame, n: int) -> str | None:
+    """What to say about the large ones among groups or subsets of an influence frame; None where there is none.
+
+    Args:
+        frame: of `run.influence(groups=…)` or `subsets=…`.
+        n: samples of the run.
+    """
+    large = frame.filter(pl.col("size") > LARGE_CUT * n)[frame.columns[0]].to_list()
+    if not large:
+        return None
+    names = ", ".join(map(str, large[:_NAMED])) + (f" and {len(large) - _NAMED} more" if len(large) > _NAMED else "")
+    hold = "holds" if len(large) == 1 else "hold"
+    each = "" if len(large) == 1 else " each"
+    return (
+        f"{names} {hold} more than {100 * LARGE_CUT:.0f} % of the data{each}: μ adds up what leaving out every sample "
+        "by itself would do. Leaving out a whole kind of them can do far more, or the opposite; verify before you do."
     )
 
 

@@ -140,9 +140,12 @@ def _pack_visits(
 
 
 def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    from finfluence.workflows.removal import large_groups_note
+
     samples = run.samples()
     found: list[dict[str, Any]] = []
     left: list[str] = []
+    sizes: list[tuple[str, int]] = []
     for column in categories:
         distinct = samples[column].drop_nulls().n_unique() if column in samples.columns else 0
         if distinct < 2:
@@ -163,7 +166,10 @@ def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[
             for row in frame.iter_rows(named=True)
         ]
         found.append({"column": column, "rows": rows})
+        sizes += [(f"{column} {row['group']}", row["size"]) for row in rows]
     note = "Influence of all samples of a group together: what training without them would change."
+    if large := large_groups_note(pl.DataFrame(sizes, schema=["group", "size"], orient="row"), samples.height):
+        note += f" {large}"
     if left:
         note += f" Not shown: {', '.join(left)} (too many values, or more than {_GROUP_COLUMNS} columns)."
     return found, note
