@@ -171,7 +171,7 @@ def test_whole_groups_are_dropped_and_rows_without_a_group_stay(run: fi.Run) -> 
     assert cleaning.dropped["mu"][0] == group["mu"][0]
     assert abs(cleaning.predicted.mu - group["mu"][0]) < 2 * group["se"][0]
     # a tenth of the rows of one kind: no probability, but what a sum of single rows cannot say
-    assert "bad holds more than 5 % of the data" in str(cleaning)
+    assert "More than 5 % of the data: bad. There" in str(cleaning)
     assert "with probability" not in str(cleaning)
 
 
@@ -179,11 +179,9 @@ def test_groups_too_large_for_a_derivative_are_named() -> None:
     frame = pl.DataFrame({"group": ["a", "b", "c"], "size": [4, 5, 30]})
     assert large_groups_note(frame.head(1), 100) is None
     assert large_groups_note(frame.head(2), 100) is None
-    assert str(large_groups_note(frame, 100)).startswith("c holds more than 5 % of the data: ")
+    assert str(large_groups_note(frame, 100)).startswith("More than 5 % of the data: c. There")
     many = pl.DataFrame({"subset": [f"s{k}" for k in range(9)], "size": [10] * 9})
-    assert str(large_groups_note(many, 100)).startswith(
-        "s0, s1, s2, s3, s4, s5 and 3 more hold more than 5 % of the data each: "
-    )
+    assert "of the data each: s0, s1, s2, s3, s4, s5 and 3 more. There" in str(large_groups_note(many, 100))
 
 
 def test_nothing_significant_says_what_else_to_try_and_writes_nothing(run: fi.Run, tmp_path: Path) -> None:

@@ -329,11 +329,10 @@ def large_groups_note(frame: pl.DataFrame, n: int) -> str | None:
     if not large:
         return None
     names = ", ".join(map(str, large[:_NAMED])) + (f" and {len(large) - _NAMED} more" if len(large) > _NAMED else "")
-    hold = "holds" if len(large) == 1 else "hold"
     each = "" if len(large) == 1 else " each"
     return (
-        f"{names} {hold} more than {100 * LARGE_CUT:.0f} % of the data{each}: μ adds up what leaving out every sample "
-        "by itself would do. Leaving out a whole kind of them can do far more, or the opposite; verify before you do."
+        f"More than {100 * LARGE_CUT:.0f} % of the data{each}: {names}. There μ adds up what leaving out every sample by "
+        "itself would do; leaving out a whole kind of them can do far more, or the opposite. Verify before you do."
     )
 
 

@@ -167,7 +167,7 @@ def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[
         ]
         found.append({"column": column, "rows": rows})
         sizes += [(f"{column} {row['group']}", row["size"]) for row in rows]
-    note = "Influence of all samples of a group together: what training without them would change."
+    note = "Influence of all samples of a group together."
     if large := large_groups_note(pl.DataFrame(sizes, schema=["group", "size"], orient="row"), samples.height):
         note += f" {large}"
     if left:
