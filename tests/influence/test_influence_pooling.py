@@ -93,11 +93,14 @@ def test_errors_that_runs_share_are_not_averaged_away():
     np.testing.assert_allclose(dof, 2 * ((4 / 3 + shared**2) / (4 / 3)) ** 2)
 
 
-def test_p_values_of_pooled_runs_leave_out_what_is_relative_to_mu():
-    """Against μ = 0 an error of 40 % of μ is none; in the interval it is, and three runs do not make it less."""
+@pytest.mark.parametrize("alike", [0.4, 0.0], ids=["shared", "each run's own"])
+def test_p_values_of_pooled_runs_leave_out_what_is_relative_to_mu(alike):
+    """Against μ = 0 an error of 40 % of μ is none; in the interval it is, less by √3 where each run has its own."""
     frames = [
         attach(
-            pl.DataFrame({"sample": [1, 2], **report(mu, np.hypot(0.1, 0.4 * mu), null=[0.1, 0.1])}), relative_error=0.4
+            pl.DataFrame({"sample": [1, 2], **report(mu, np.hypot(0.1, 0.4 * mu), null=[0.1, 0.1])}),
+            relative_error=0.4,
+            shared_relative_error=alike,
         )
         for mu in (np.array([1.0, 0.0]), np.array([1.05, 0.1]), np.array([0.95, -0.1]))
     ]
@@ -105,6 +108,8 @@ def test_p_values_of_pooled_runs_leave_out_what_is_relative_to_mu():
     assert single["p_value"][0] == pytest.approx(2 * stats.norm.sf(10), rel=1e-6)
     assert null_errors(single)[0] == pytest.approx(0.1)
     assert pooled["p_value"][0] < 1e-10
-    assert pooled["se"][0] == pytest.approx(np.hypot(0.1 / 3**0.5, 0.4), rel=0.01)
+    left = 0.4 if alike else 0.4 / 3**0.5
+    assert metadata(pooled)["relative_error"] == pytest.approx(left)
+    assert pooled["se"][0] == pytest.approx(np.hypot(0.1 / 3**0.5, left), rel=0.01)
     assert pooled["p_value"][1] > 0.5
-    assert null_errors(pooled)[0] < 0.1
+    assert null_errors(pooled)[0] == pytest.approx(0.1 / 3**0.5, rel=0.05)

@@ -115,8 +115,12 @@ def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) 
         if "size" in first.columns and np.ptp(aligned([first, frame], "size", on=key)[0], axis=0).any():
             raise InputError(f"run {number} has {key}s of other sizes than run 0; pool the same {key}s")
     mus, errors = aligned(frames, "mu", "se", on=key)
-    relative = np.abs(mus) * np.array([[float(metadata(frame).get("relative_error", 0.0))] for frame in frames])
-    shared = aligned(frames, "se_shared", on=key)[0] if "se_shared" in first.columns else relative
+    whole, alike = (
+        np.array([[float(metadata(frame).get(name, 0.0))] for frame in frames])
+        for name in ("relative_error", "shared_relative_error")
+    )
+    relative = whole * np.abs(mus)
+    shared = aligned(frames, "se_shared", on=key)[0] if "se_shared" in first.columns else alike * np.abs(mus)
     mu, se, dof = pool_estimates(mus, errors, shared=shared)
     # what is relative to μ is no error where μ is 0, and no difference between runs
     own, common = (np.sqrt(np.maximum(part**2 - relative**2, 0.0)) for part in (errors, shared))
@@ -127,6 +131,9 @@ def pool(frames: Sequence[pl.DataFrame], *, reporting: Reporting | None = None) 
     frame = pl.DataFrame({**{name: first[name] for name in keys}, **columns})
     known = {name: value for name, value in metadata(first).items() if name not in ("sign", "sigma", "noise_note")}
     known |= {"runs": len(frames), "condition": f"averaged over {len(frames)} runs"}
+    if whole.any():
+        left = (alike**2).mean() + (whole**2 - alike**2).mean() / len(frames)
+        known |= {"relative_error": float(np.sqrt(left)), "shared_relative_error": float(np.sqrt((alike**2).mean()))}
     chosen = reporting or Reporting()
     known |= {"level": chosen.level, "alternative": chosen.alternative, "correction": chosen.correction}
     return attach(frame, **known)

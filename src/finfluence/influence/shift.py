@@ -181,8 +181,7 @@ def subset_estimates(
         error: of the derivative; none by default: the standard error is conditional on the path, and of first order.
 
     Raises:
-        InputError: zero noise (training does not depend on the order), or noise and totals of
-            different samples.
+        InputError: zero noise (training does not depend on the order), or noise and totals of different samples.
     """
     removal, error = removal or Removal(), error or NO_ERROR
     n = totals.n_samples

@@ -229,10 +229,11 @@ class InfluenceTable:
         labels = pl.Series(key, packed.names) if names is None else names
         return self._frame({key: labels, "size": pl.Series("size", found.size)}, found)
 
-    def _relative_error(self, keys: Mapping[str, Any]) -> float:
-        """What `null` leaves out of `se`, over μ."""
-        derivative = self.error.joint if "size" in keys else self.error.of_one
-        return math.hypot(derivative, self.totals.common_error if self.budget == "steps" else 0.0)
+    def _relative_errors(self, keys: Mapping[str, Any]) -> dict[str, float]:
+        """What `null` leaves out of `se`, over μ, and the part of it that other runs have in common with this one."""
+        shared = self.error.joint if "size" in keys else self.error.of_one
+        grid = self.totals.common_error if self.budget == "steps" else 0.0
+        return {"relative_error": math.hypot(shared, grid), "shared_relative_error": shared}
 
     def _frame(self, keys: dict[str, pl.Series], found: Estimates) -> pl.DataFrame:
         columns = report(found.mu, found.se, reporting=self.reporting, null=found.null)
@@ -249,7 +250,7 @@ class InfluenceTable:
         }
         if self.estimator == "gaussian" and self.noise is not None:
             how |= {"sigma": self.noise.sigma, "noise": self.noise.method, "noise_note": self.noise.note}
-            how |= {"path_noise": self.error.path, "relative_error": self._relative_error(keys)}
+            how |= {"path_noise": self.error.path, **self._relative_errors(keys)}
         return attach(frame, **how, **dict(self.meta))
 
 
