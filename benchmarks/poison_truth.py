@@ -96,46 +96,44 @@ class Comparison:
         self.groups = groups(problem)
         negative = self.unit.queries["negative"]
         single = {f"negative {k}": negative.subset([k]) for k in range(SINGLE)}
-        self.queries = {name: rows for name, rows in self.unit.queries.items() if len(rows)} | single
+        self.queries = self.unit.queries | single
+        plan = self.unit.plan()
+        self._training: dict[str, Any] = {
+            "optimizer": plan.optimizer,
+            "schedule": plan.schedule,
+            "epochs": plan.epochs,
+            "batch_size": plan.batch_size,
+            "collate": collate,
+        }
 
     def recorded(self, seed: int) -> fi.Run:
         """One training in the order of `seed`, recorded and replayed."""
-        s, plan = self.settings, self.unit.plan()
         return fi.train(
             self.unit.task,
             self.unit.adapted.reset(),
             self.unit.rows,
             queries=self.queries,
-            optimizer=plan.optimizer,
-            schedule=plan.schedule,
-            epochs=s.epochs,
-            batch_size=s.batch_size,
             seed=seed,
             sensitivity="replay",
             signals="full",
-            panel=fi.NoisePanel(len(self.unit.rows), s.positions),
-            collate=collate,
+            panel=fi.NoisePanel(len(self.unit.rows), self.settings.positions),
             directory=self.folder / f"run-{seed}",
             exist="resume",
+            **self._training,
         )
 
     def truth(self, runs: int, workers: int) -> fi.Truth:
         """`runs` trainings with all rows and without each group."""
-        s, plan = self.settings, self.unit.plan()
         return fi.retrain(
             self.unit.task,
-            Start(self.path, s.adapters),
+            Start(self.path, self.settings.adapters),
             self.unit.rows,
             self.queries,
             subsets=self.groups,
-            optimizer=plan.optimizer,
-            schedule=plan.schedule,
-            epochs=s.epochs,
-            batch_size=s.batch_size,
             runs=runs,
             executor=Processes(workers),
-            collate=collate,
             directory=self.folder / "truth",
+            **self._training,
         )
 
 
