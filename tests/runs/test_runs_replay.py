@@ -93,27 +93,42 @@ def test_difference_products(tmp_path, method, tolerance, optimizer):
                 assert (np.abs(problems.step_signals(other, step, table=table) - expected) / scale).max() < tolerance
 
 
-def test_smoothing_differs_from_the_derivative_where_there_are_kinks_alone(tmp_path):
-    """ReLU has no curvature but its kinks. Smoothed products are central; a smooth network's hardly change."""
+def test_kinks_count_where_there_are_any(tmp_path):
+    """By default ReLU's kinks have curvature, by every kind of Hessian-vector product; a smooth network has none."""
 
     def relu() -> torch.nn.Module:
         model = problems.mlp()
         model[1] = torch.nn.ReLU()
         return model
 
-    off = {}
-    for name, make in (("tanh", problems.mlp), ("relu", relu)):
-        runs = [
+    for name, make, kinked in (("tanh", problems.mlp, False), ("relu", relu, True)):
+        sharp, usual, central, one_sided = (
             problems.train(tmp_path / f"{name}-{k}", model=make(), replay_options=options)
-            for k, options in enumerate((ReplayOptions(), ReplayOptions(smoothing=0.05)))
-        ]
-        exact, smoothed = (problems.step_signals(run, 0) for run in runs)
-        off[name] = np.abs(smoothed - exact).max() / np.abs(exact).max()
-        assert runs[1].manifest["replay"]["options"]["smoothing"] == 0.05
-        assert "smoothing" not in runs[0].manifest["replay"]["options"]
-    assert ReplayOptions(smoothing=0.05).method(1) == "central"
-    assert off["tanh"] < 0.02
-    assert off["relu"] > 3 * off["tanh"]
+            for k, options in enumerate(
+                (
+                    ReplayOptions(smoothing=0),
+                    ReplayOptions(),
+                    ReplayOptions(hessian="central"),
+                    ReplayOptions(hessian="one-sided"),
+                )
+            )
+        )
+        assert usual.manifest["replay"]["options"]["smoothing"] == 0.25
+        first = problems.step_signals(usual, 0)
+        scale = np.abs(first).max()
+        if kinked:
+            assert np.abs(problems.step_signals(sharp, 0) - first).max() > 0.02 * scale
+            # the slopes whose differences are taken are smooth in what is not curvature, too
+            for run in (central, one_sided):
+                assert np.abs(problems.step_signals(run, 0) - first).max() < 0.1 * scale
+        else:
+            np.testing.assert_array_equal(problems.step_signals(sharp, 0), first)
+            assert np.abs(problems.step_signals(central, 0) - first).max() < 1e-4 * scale
+
+
+def test_adam_spreads_kinks_less(tmp_path):
+    run = problems.train(tmp_path / "run", optimizer=fi.AdamW(lr=0.01))
+    assert run.manifest["replay"]["options"]["smoothing"] == 0.1
 
 
 def test_live_signals_beside_a_replay_and_what_was_trained(tmp_path):

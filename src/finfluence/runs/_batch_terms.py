@@ -13,7 +13,7 @@ from torch.func import vmap
 from finfluence.gradients import Direction, HookedDerivatives
 from finfluence.runs.engine import Engine, random_state, set_random_state
 from finfluence.runs.tasks import FunctionalModel
-from finfluence.sensitivity import EXACT_LIMIT, ExactHessian, HessianMethod, Layout, batch_hessian
+from finfluence.sensitivity import EXACT_LIMIT, ExactHessian, HessianMethod, Kinks, Layout, batch_hessian
 
 
 class Terms(NamedTuple):
@@ -65,10 +65,11 @@ class ExactTerms:
     Args:
         engine: the training.
         layout: of the flat vectors.
+        kinks: width over which those of activations are spread, see `finfluence.sensitivity.Kinks`.
     """
 
-    def __init__(self, engine: Engine, layout: Layout) -> None:
-        self.engine, self.layout = engine, layout
+    def __init__(self, engine: Engine, layout: Layout, *, kinks: float = 0.0) -> None:
+        self.engine, self.layout, self.kinks = engine, layout, kinks
 
     def evaluate(
         self, indices: np.ndarray, denominator: float, theta: Tensor, *, q: Tensor, gradient: Tensor | None = None
@@ -84,7 +85,7 @@ class ExactTerms:
             seen.append(float(value.detach()))
             return value
 
-        hessian = ExactHessian(theta, self.layout, loss, leaves=engine.parameters, weights=weights)
+        hessian = ExactHessian(theta, self.layout, loss, leaves=engine.parameters, weights=weights, kinks=self.kinks)
         curvature, derivatives = hessian.products(q)
         return Terms(derivatives.mT / denominator, curvature, hessian.gradient, seen[0])
 
@@ -100,7 +101,8 @@ class DifferenceTerms:
         layout: of the flat vectors.
         method: "one-sided" or "central".
         hooks: on the engine's model.
-        smoothing: displacement of the differences, see `finfluence.runs.ReplayOptions`.
+        kinks: width over which those of activations are spread, see `finfluence.sensitivity.Kinks`. Where there are
+            any, the gradient at the point is taken once more, with smooth slopes.
     """
 
     def __init__(
@@ -110,9 +112,9 @@ class DifferenceTerms:
         *,
         method: HessianMethod,
         hooks: HookedDerivatives,
-        smoothing: float | None = None,
+        kinks: float = 0.0,
     ) -> None:
-        self.engine, self.layout, self.hooks, self.smoothing = engine, layout, hooks, smoothing
+        self.engine, self.layout, self.hooks, self.kinks = engine, layout, hooks, kinks
         self.method: HessianMethod = method
         # A large model's gradient fills the machine by itself, and several at once would fill its memory.
         self._at_once = sum(p.numel() for p in engine.model.parameters()) <= EXACT_LIMIT
@@ -135,12 +137,15 @@ class DifferenceTerms:
             found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             return dict(zip(engine.parameters, found, strict=True))
 
-        def gradient_at(parameters: Any) -> dict[str, Tensor]:
-            # Every evaluation of this micro-batch sees the dropout masks of the training.
-            set_random_state(engine.device, before)
+        def move(parameters: Any) -> None:
             with torch.no_grad():
                 for name, value in parameters.items():
                     engine.parameters[name].copy_(value)
+
+        def gradient_at(parameters: Any) -> dict[str, Tensor]:
+            # Every evaluation of this micro-batch sees the dropout masks of the training.
+            set_random_state(engine.device, before)
+            move(parameters)
             return differentiated(loss(precise=self._precise))
 
         def gradients(parameters: Any) -> dict[str, Tensor]:
@@ -154,26 +159,29 @@ class DifferenceTerms:
             each = [gradient_at({name: value[row] for name, value in parameters.items()}) for row in rows]
             return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
-        hessian = batch_hessian(
-            self.layout.unflatten(theta),
-            gradient=gradient_at,
-            gradients=gradients,
-            at_theta=None if self._precise else gradient,
-            smoothing=self.smoothing,
-            method=self.method,
-            layout=self.layout,
-        )
         partial = gradient is not None
-        with self.hooks.record(directions_of(self.layout, q), len(indices), partial=partial) as recording:
+        with (
+            self.hooks.record(directions_of(self.layout, q), len(indices), partial=partial) as recording,
+            Kinks(0.0) as kinks,
+        ):
             # the hooks see the backward pass of the gradient that the optimizer got
             if gradient is not None:
                 self.hooks.backward(loss())
                 at_theta = gradient
-            elif self._precise:
-                at_theta = self.layout.flatten(differentiated(loss()))
             else:
-                at_theta = hessian.gradient
+                move(self.layout.unflatten(theta))  # the differences of the micro-batch before have left the model
+                at_theta = self.layout.flatten(differentiated(loss()))
         after = random_state(engine.device)
+        smooth = self.kinks if kinks.found else 0.0
+        hessian = batch_hessian(
+            self.layout.unflatten(theta),
+            gradient=gradient_at,
+            gradients=gradients,
+            at_theta=None if self._precise or smooth else at_theta,
+            kinks=smooth,
+            method=self.method,
+            layout=self.layout,
+        )
         curvature = hessian.product(q)
         set_random_state(engine.device, after)
         return Terms(recording.values, curvature, at_theta, seen[0])

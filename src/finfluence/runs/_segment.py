@@ -89,10 +89,10 @@ class SegmentWalker:
             self.limit = max(self.limit, 2e-2)
         method: HessianMethod = options.method(sum(p.numel() for p in engine.model.parameters()))
         if method == "exact":
-            self._terms: BatchTerms = ExactTerms(engine, update.layout)
+            self._terms: BatchTerms = ExactTerms(engine, update.layout, kinks=options.smoothing or 0.0)
         else:
             self._terms = DifferenceTerms(
-                engine, update.layout, method=method, hooks=self.hooks, smoothing=options.smoothing
+                engine, update.layout, method=method, hooks=self.hooks, kinks=options.smoothing or 0.0
             )
 
     def flat_parameters(self, *, out: Tensor | None = None) -> Tensor:

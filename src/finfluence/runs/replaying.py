@@ -151,7 +151,7 @@ class _Replay:
         options: ReplayOptions,
     ) -> None:
         self.recording = recording = Recording(folder, writer.manifest)
-        self.options, self.task = options, task
+        self.task = task
         if dataset_size(dataset) != recording.n:
             raise InputError(
                 f"the run was recorded on {recording.n} samples, the dataset has {dataset_size(dataset)}; "
@@ -162,6 +162,7 @@ class _Replay:
         check_model(model)
         self.engine = recording.engine(task, model, dataset=dataset, collate=collate)
         self.update = FlatUpdate(self.engine.parameters, self.engine.rules)
+        self.options = options = options.resolved(adaptive=self.update.adaptive)
         self.batches = query_batches(queries, collate=collate, device=self.engine.device)
         self.measured = self._measuring_steps()
         self.store = ReplayStore(folder, writer, queries=recording.queries)

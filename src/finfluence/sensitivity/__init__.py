@@ -13,6 +13,7 @@ from finfluence.sensitivity.hvp import (
     difference_step,
     gradient_of,
 )
+from finfluence.sensitivity.kinks import Kinks
 from finfluence.sensitivity.layout import Layout
 from finfluence.sensitivity.live import live_direction, live_directions, live_scale
 from finfluence.sensitivity.optimizers import SGD, Adam, AdamW, Optimizer, from_dict
@@ -43,6 +44,7 @@ __all__ = [
     "ExactHessian",
     "FlatUpdate",
     "HessianMethod",
+    "Kinks",
     "Layout",
     "Optimizer",
     "ParameterRule",

@@ -175,6 +175,11 @@ class FlatUpdate:
             torch.cat([part.q for part in parts], dim=-1),
         )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether a rule divides by a second moment, as Adam's does."""
+        return any(hasattr(group.rule, "settled") for group in self.groups)
+
     def settled(self, state: States, step: int) -> Settled:
         """What each rule group's backward rule wants to know of the end of the run.
 

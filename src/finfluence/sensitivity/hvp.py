@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finfluence.errors import InputError, ReplayError
+from finfluence.sensitivity.kinks import Kinks
 from finfluence.sensitivity.layout import Layout
 
 Parameters = Mapping[str, Tensor]
@@ -54,7 +55,8 @@ class ExactHessian(BatchHessian):
 
     Several directions run as one batched backward pass where every operation supports it, and one after the other
     where not. Attention runs with the MATH kernel, because the fused kernels of `scaled_dot_product_attention` have no
-    second derivative.
+    second derivative. `kinks` is the width over which those of piecewise linear activations are spread, see `Kinks`; 0
+    leaves them out, as autograd does.
 
     By default the loss is a function of a flat vector's pieces. With `leaves`, tensors that require gradients and stand
     at theta (a model's own parameters), it is differentiated by them. With `weights`, a vector that requires gradients
@@ -69,15 +71,16 @@ class ExactHessian(BatchHessian):
         *,
         leaves: Parameters | None = None,
         weights: Tensor | None = None,
+        kinks: float = 0.0,
     ) -> None:
         super().__init__(theta, layout)
-        self._weights = weights
+        self._weights, self._kinks = weights, kinks
         self._named = leaves is not None
         if leaves is None:
             self._leaves = [self.theta.clone().requires_grad_()]
         else:
             self._leaves = [leaves[name] for name in layout.names]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), Kinks(kinks):
             value = loss(layout.unflatten(self._leaves[0]) if leaves is None else leaves)
             if value.numel() != 1:
                 raise InputError(
@@ -130,7 +133,8 @@ class ExactHessian(BatchHessian):
     def _pull(self, directions: Tensor, *, batched: bool) -> tuple[Tensor, Tensor]:
         along = list(self.layout.unflatten(directions).values()) if self._named else [directions]
         pairs = [(g, q) for g, q in zip(self._gradients, along, strict=True) if g.requires_grad]
-        with sdpa_kernel(SDPBackend.MATH):  # checkpointed layers run again here, and must be what they were
+        # checkpointed layers run again here, and must be what they were
+        with sdpa_kernel(SDPBackend.MATH), Kinks(self._kinks):
             found = torch.autograd.grad(
                 [gradient for gradient, _ in pairs],
                 self._leaves if self._weights is None else [*self._leaves, self._weights],
@@ -160,10 +164,8 @@ class DifferenceHessian(BatchHessian):
     (∇L(theta + εq) − ∇L(theta − εq)) / 2ε, two gradients a direction, exact to second order. The gradient must be the
     same function each time it is called: with dropout, restore the random state inside it.
 
-    !!! Kinks
-        ReLU has no second derivative at its kink and zero elsewhere, so the exact product of a ReLU network leaves out
-        what a run feels: activations that switch on and off as the parameters move. A difference over a finite
-        displacement counts the switches on its way; `smoothing` sets that displacement.
+    With `kinks` the differences are of gradients whose slopes are smooth in place of jumping, see `Kinks`; a gradient
+    that is given must be of that kind, too.
     """
 
     def __init__(
@@ -174,19 +176,20 @@ class DifferenceHessian(BatchHessian):
         *,
         sides: Literal["one-sided", "central"] = "one-sided",
         precision: torch.dtype | None = None,
-        smoothing: float | None = None,
+        kinks: float = 0.0,
         gradients: Gradient | None = None,
         at_theta: Tensor | None = None,
     ) -> None:
         super().__init__(theta, layout)
-        self._function, self._functions, self._smoothing = gradient, gradients, smoothing
+        self._function, self._functions, self._kinks = gradient, gradients, kinks
         self._sides: Literal["one-sided", "central"] = sides
         self._precision = precision or theta.dtype
         self._norm = float(torch.linalg.vector_norm(self.theta))
         self._at_theta = at_theta
 
     def _evaluate(self, theta: Tensor) -> Tensor:
-        return self.layout.flatten(self._function(self.layout.unflatten(theta))).detach()
+        with Kinks(self._kinks, slopes=True):
+            return self.layout.flatten(self._function(self.layout.unflatten(theta))).detach()
 
     @property
     def gradient(self) -> Tensor:
@@ -213,16 +216,15 @@ class DifferenceHessian(BatchHessian):
 
     def _evaluate_all(self, thetas: Tensor) -> Tensor:
         assert self._functions is not None
-        return self.layout.flatten(self._functions(self.layout.unflatten(thetas))).detach()
+        with Kinks(self._kinks, slopes=True):
+            return self.layout.flatten(self._functions(self.layout.unflatten(thetas))).detach()
 
     def _step(self, norm: float) -> float:
         if not isfinite(norm):
             raise ReplayError(
                 f"the direction of a Hessian-vector product has norm {norm}; the adjoint has diverged, raise damping"
             )
-        return difference_step(
-            self._norm, norm, precision=self._precision, sides=self._sides, smoothing=self._smoothing
-        )
+        return difference_step(self._norm, norm, precision=self._precision, sides=self._sides)
 
     def _difference(self, direction: Tensor, norm: float) -> Tensor:
         if norm == 0.0:
@@ -241,7 +243,6 @@ def difference_step(
     *,
     precision: torch.dtype,
     sides: Literal["one-sided", "central"],
-    smoothing: float | None = None,
 ) -> float:
     """The step ε = u^(1/2) · (1 + ‖theta‖)/‖q‖ of a one-sided difference, u^(1/3) · (1 + ‖theta‖)/‖q‖ of a central one.
 
@@ -254,13 +255,10 @@ def difference_step(
         direction_norm: ‖q‖ > 0.
         precision: The coarsest dtype in which the gradient is computed.
         sides: `"one-sided"` or `"central"`.
-        smoothing: In place of the power of u: the part of its own length that the point moves.
 
     Returns:
         ε > 0.
     """
-    if smoothing is not None:
-        return smoothing * (1.0 + theta_norm) / direction_norm
     unit = torch.finfo(precision).eps
     return (sqrt(unit) if sides == "one-sided" else cbrt(unit)) * (1.0 + theta_norm) / direction_norm
 
@@ -274,7 +272,7 @@ def batch_hessian(
     layout: Layout | None = None,
     precision: torch.dtype | None = None,
     model_size: int | None = None,
-    smoothing: float | None = None,
+    kinks: float = 0.0,
     gradients: Gradient | None = None,
     at_theta: Tensor | None = None,
 ) -> BatchHessian:
@@ -292,11 +290,11 @@ def batch_hessian(
             by default. It sets the step of the differences.
         model_size: Number of all parameters, with the frozen ones (LoRA), for `"auto"`; the trainable ones' number by
             default.
-        smoothing: Displacement of differences relative to 1 + ‖theta‖, see `DifferenceHessian`; by default the step for
-            smooth losses of `difference_step`.
+        kinks: Width over which kinks of activations are spread, see `Kinks`; 0 leaves them out.
         gradients: As `gradient` at several points at once, every tensor with a leading axis; for differences along
             several directions.
-        at_theta: (size,) the gradient at `parameters`, where it is known; for differences.
+        at_theta: (size,) the gradient at `parameters`, where it is known; for differences. With `kinks`, one whose
+            slopes are smooth.
 
     Returns:
         The `BatchHessian`.
@@ -316,7 +314,7 @@ def batch_hessian(
     if method == "exact":
         if loss is None:
             raise InputError("method 'exact' needs loss=, a function of the parameters; or choose 'one-sided'")
-        return ExactHessian(theta, layout, loss)
+        return ExactHessian(theta, layout, loss, kinks=kinks)
     if gradient is None:
         assert loss is not None
         gradient = gradient_of(loss)
@@ -326,7 +324,7 @@ def batch_hessian(
         gradient,
         sides=method,
         precision=precision,
-        smoothing=smoothing,
+        kinks=kinks,
         gradients=gradients,
         at_theta=at_theta,
     )

@@ -1,0 +1,183 @@
+"""The curvature that piecewise linear activations have in their kinks, where autograd sees none.
+
+The second derivative of ReLU is a unit impulse at 0, and autograd's is 0. One network's gradient jumps where an
+activation switches, so its derivative misses what a training feels: over reruns, and over small changes of the data, a
+unit near its kink is on in one and off in another. Spread over a normal kernel of width h the impulse is the smooth
+
+    r''(x) = φ(x/h)/h,
+
+the second derivative of ReLU averaged over inputs that vary with standard deviation h.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# By how much a function's slope jumps, and where; and whether it overwrites its input.
+Jump = tuple[Any, float]
+Described = tuple[tuple[Jump, ...], bool]
+
+
+class Kinks(TorchFunctionMode):
+    """Inside this context kinks of activations have curvature: those of ReLU, LeakyReLU, PReLU, ReLU6 and Hardtanh.
+
+    Values stay what they are. By default gradients do, too, and a second backward pass finds φ(x/h)/h, times the jump
+    of the slope, beside the derivative that autograd knows. With `slopes` the slope itself is smooth, Φ(x/h) in place
+    of a step, for finite differences of gradients. The width h is a part of the standard deviation of the activation's
+    whole input. Maxima (pooling, clamping) are left as they are, as is what TorchScript has compiled.
+
+    Attributes:
+        width: h over that standard deviation; 0 only counts.
+        slopes: whether first derivatives are smooth.
+        found: activations with kinks so far.
+    """
+
+    def __init__(self, width: float, *, slopes: bool = False) -> None:
+        super().__init__()
+        self.width, self.slopes, self.found = width, slopes, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.autograd.grad and self.width > 0:
+            return self._differentiated(*args, **kwargs)
+        describe = _KINKED.get(func)
+        if describe is None:
+            return func(*args, **kwargs)
+        inputs = args[0] if args else kwargs["input"]
+        self.found += 1
+        # under vmap a tensor does not know that it has a gradient
+        if not (self.width > 0 and torch.is_grad_enabled() and inputs.is_floating_point() and inputs.numel()):
+            return func(*args, **kwargs)
+        jumps, overwrites = describe(*args, **kwargs)
+        before = inputs.clone() if overwrites else inputs
+        if not overwrites:
+            return self._with_curvature(before, func(*args, **kwargs), jumps)
+        rest = {name: value for name, value in kwargs.items() if name != "input"}
+        value = func(before.clone(), *args[1:], **rest)
+        return inputs.copy_(self._with_curvature(before, value, jumps))
+
+    def _differentiated(
+        self, outputs: Any, inputs: Any, grad_outputs: Any = None, *, materialize_grads: bool = False, **options: Any
+    ) -> tuple[Tensor | None, ...]:
+        """`torch.autograd.grad` inside the mode, so that checkpointed layers are computed again as they were computed.
+
+        Called with tensors it would leave the mode; edges of the graph it does not look at.
+        """
+        outputs, inputs, grad_outputs = _several(outputs), _several(inputs), _several(grad_outputs)
+        if not grad_outputs:
+            grad_outputs = tuple(torch.ones_like(output) for output in outputs)
+        if materialize_grads:
+            options["allow_unused"] = True
+        with self:
+            found = torch.autograd.grad(_edges(outputs), _edges(inputs), grad_outputs, **options)
+        if not materialize_grads:
+            return found
+        return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
+
+    def _with_curvature(self, inputs: Tensor, value: Tensor, jumps: tuple[Jump, ...]) -> Tensor:
+        spread = inputs.detach().std(correction=0)
+        width = (self.width * spread).clamp_min(torch.finfo(inputs.dtype).tiny)
+        for jump, at in jumps:
+            value = value + jump * _Kink.apply(inputs - at if at else inputs, width, self.slopes)
+        return value
+
+
+def _several(tensors: Any) -> tuple[Any, ...]:
+    if tensors is None or isinstance(tensors, Tensor):
+        return () if tensors is None else (tensors,)
+    return tuple(tensors)
+
+
+def _edges(tensors: tuple[Any, ...]) -> list[Any]:
+    return [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in tensors]
+
+
+class _Kink(torch.autograd.Function):
+    """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, width: Tensor, slopes: bool) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, width, ctx.slopes = inputs
+        ctx.save_for_backward(x, width)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        x, width = ctx.saved_tensors
+        if ctx.slopes:
+            return gradient * (torch.special.ndtr(x / width) - (x > 0).to(x.dtype)), None, None
+        return _Curvature.apply(gradient, x, width), None, None
+
+
+class _Curvature(torch.autograd.Function):
+    """0, with the derivative φ(x/h)/h · gradient by x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, x: Tensor, width: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        gradient, x, width = ctx.saved_tensors
+        density = torch.exp(-0.5 * (x / width).square()) / (math.sqrt(2.0 * math.pi) * width)
+        return None, gradients[0] * gradient * density, None
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Described:
+    return ((1.0, 0.0),), inplace
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Described:
+    return ((1.0 - negative_slope, 0.0),), inplace
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Described:
+    return ((1.0, min_val), (-1.0, max_val)), inplace
+
+
+def _relu6(input: Tensor, inplace: bool = False) -> Described:
+    return _hardtanh(input, 0.0, 6.0, inplace)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Described:
+    channels = weight.view(-1, *[1] * (input.ndim - 2)) if input.ndim > 1 else weight
+    return ((1.0 - channels, 0.0),), False
+
+
+_KINKED: dict[Any, Callable[..., Described]] = {
+    functional.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    torch.relu_: functools.partial(_relu, inplace=True),
+    Tensor.relu_: functools.partial(_relu, inplace=True),
+    functional.leaky_relu: _leaky_relu,
+    functional.leaky_relu_: functools.partial(_leaky_relu, inplace=True),
+    functional.hardtanh: _hardtanh,
+    functional.hardtanh_: functools.partial(_hardtanh, inplace=True),
+    functional.relu6: _relu6,
+    functional.prelu: _prelu,
+    Tensor.prelu: _prelu,
+}

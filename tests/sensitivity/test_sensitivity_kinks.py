@@ -1,0 +1,181 @@
+"""Kinks of activations: values and gradients stay, second derivatives are those of the smoothed function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from finfluence.sensitivity import ExactHessian, Kinks, Layout
+
+SLOPES = torch.tensor([0.1, 0.3], dtype=torch.float64)
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "functional": functional.relu,
+    "method": torch.Tensor.relu,
+    "overwriting": lambda x: functional.relu(x.clone(), inplace=True),
+    "overwriting method": lambda x: x.clone().relu_(),
+    "overwriting, by name": lambda x: functional.relu(input=x.clone(), inplace=True),
+    "leaky": lambda x: functional.leaky_relu(x, 0.2),
+    "leaky, overwriting": nn.LeakyReLU(0.2, inplace=True),
+    "relu6": lambda x: functional.relu6(4 * x),
+    "hardtanh": lambda x: functional.hardtanh(x, -0.5, 1.5),
+    "prelu": lambda x: functional.prelu(x, SLOPES),
+}
+
+
+def _points() -> torch.Tensor:
+    return torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def _derivatives(function, x):
+    """Value, first and second derivative at every point; the function works on each by itself."""
+    x = x.clone().requires_grad_()
+    y = function(x + 0)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    second = torch.zeros_like(x)
+    if slope.requires_grad:
+        (second,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+    return y.detach(), slope.detach(), second
+
+
+def _smoothed(function, x, width):
+    """∂²/∂x² of E f(x + h z), z standard normal, by quadrature and differences; h = width · sd of what goes in."""
+    nodes = torch.linspace(-8, 8, 16001, dtype=torch.float64)
+    weights = torch.exp(-0.5 * nodes**2)
+    weights /= weights.sum()
+    h = width * x.std(correction=0)
+
+    def mean(at):
+        inputs = at[None] + h * nodes[:, None, None]
+        return (weights[:, None, None] * function(inputs.reshape(-1, 2)).view(inputs.shape)).sum(0)
+
+    step = 1e-2
+    return (mean(x + step) - 2 * mean(x) + mean(x - step)) / step**2
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_second_derivatives_are_those_of_the_smoothed_function(name):
+    function, x = ACTIVATIONS[name], _points()
+    plain, slope, none = _derivatives(function, x)
+    assert not none.any()
+    with Kinks(0.2) as kinks:
+        value, same, second = _derivatives(function, x)
+    assert kinks.found == 1
+    assert torch.equal(value, plain)
+    assert torch.equal(same, slope)
+    expected = _smoothed(function, x, 0.2)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(second, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky", "hardtanh", "prelu"])
+def test_smooth_slopes_are_those_of_the_smoothed_function(name):
+    function, x = ACTIVATIONS[name], _points()
+    with Kinks(0.2, slopes=True):
+        value, slope, _ = _derivatives(function, x)
+        _, ahead, _ = _derivatives(lambda y: function(y), x)
+    assert torch.equal(value, function(x))
+    assert torch.equal(slope, ahead)
+    nodes = torch.linspace(-8, 8, 16001, dtype=torch.float64)
+    weights = torch.exp(-0.5 * nodes**2)
+    weights /= weights.sum()
+    inputs = x[None] + 0.2 * x.std(correction=0) * nodes[:, None, None]
+    _, slopes, _ = _derivatives(function, inputs.reshape(-1, 2))
+    expected = (weights[:, None, None] * slopes.view(inputs.shape)).sum(0)
+    torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_overwritten_inputs_are_overwritten():
+    """A module that relies on what it overwrites gets it."""
+    x = _points().requires_grad_()
+    with Kinks(0.2):
+        y = x * 2
+        functional.relu(y, inplace=True)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), x)
+    assert torch.equal(y, torch.relu(2 * x))
+    assert torch.equal(slope, 2.0 * (x > 0))
+    assert second.any()
+
+
+def test_what_has_no_gradient_or_no_kink_is_left_alone():
+    x = _points()
+    with Kinks(0.2) as kinks, torch.no_grad():
+        assert torch.equal(torch.relu(x), x.clamp(min=0))
+        assert torch.relu(torch.tensor([-1, 2])).tolist() == [0, 2]
+        torch.tanh(x)
+    assert kinks.found == 2
+    with Kinks(0.2):
+        empty = torch.relu(torch.zeros(0, 3, requires_grad=True))
+        constant = torch.zeros(4, requires_grad=True)
+        (slope,) = torch.autograd.grad(torch.relu(constant).sum(), constant, create_graph=True)
+    assert empty.shape == (0, 3)
+    assert not slope.any()
+    with Kinks(0.0) as kinks:
+        _, _, second = _derivatives(torch.relu, x)
+    assert kinks.found == 1
+    assert not second.any()
+
+
+class _Network(nn.Module):
+    def __init__(self, *, recomputed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.LeakyReLU(0.1), nn.Linear(8, 1))
+        self.recomputed = recomputed
+
+    def forward(self, x):
+        return checkpoint(self.layers, x, use_reentrant=False) if self.recomputed else self.layers(x)
+
+
+def test_products_of_a_network_by_every_way_are_the_same():
+    """Several directions at once, one by one, and through layers that are recomputed."""
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 1, dtype=torch.float64)
+    found = []
+    for recomputed in (False, True):
+        model = _Network(recomputed=recomputed).double()
+        leaves = dict(model.named_parameters())
+        layout = Layout.of(leaves)
+        theta = layout.flatten({name: p.detach() for name, p in leaves.items()})
+        directions = torch.randn(3, layout.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+        def loss(_, model=model):
+            return functional.mse_loss(model(x), y)
+
+        exact = ExactHessian(theta, layout, loss, leaves=leaves, kinks=0.25)
+        together = exact.product(directions)
+        torch.testing.assert_close(torch.stack([exact.product(q) for q in directions]), together)
+        sharp = ExactHessian(theta, layout, loss, leaves=leaves)
+        assert torch.equal(sharp.gradient, exact.gradient)
+        assert (sharp.product(directions) - together).norm() > 0.02 * together.norm()
+        # a Hessian is symmetric
+        np.testing.assert_allclose(directions @ together.mT, (directions @ together.mT).mT, rtol=1e-9)
+        found.append(together)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_hessian_is_that_of_the_mean_gradient_over_shifted_inputs():
+    """One layer whose inputs to ReLU vary by h: the mean over them of the gradient has the smoothed Hessian."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    w = torch.randn(4, generator=generator, dtype=torch.float64)
+    q = torch.randn(4, generator=generator, dtype=torch.float64)
+    layout = Layout.of({"w": w})
+
+    def loss(values):
+        return torch.relu(x @ values["w"]).mean()
+
+    product = ExactHessian(w, layout, loss, kinks=0.3).product(q)
+    shifts = 0.3 * (x @ w).std(correction=0) * torch.randn(200_000, generator=generator, dtype=torch.float64)
+
+    def mean_gradient(at):
+        on = torch.stack([(a > -shifts).double().mean() for a in x @ at])
+        return (on[:, None] * x).mean(0)
+
+    step = 0.02
+    expected = (mean_gradient(w + step * q) - mean_gradient(w - step * q)) / (2 * step)
+    torch.testing.assert_close(product, expected, rtol=0.05, atol=0.02)
