@@ -182,6 +182,24 @@ def cnn(seed: int) -> nn.Module:
     )
 
 
+def pooled_cnn(seed: int) -> nn.Module:
+    """A small convolutional network with max pooling and nothing else that has kinks."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.Tanh(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 12, 3, padding=1),
+            nn.Tanh(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(48, 10),
+        ),
+        seed,
+    )
+
+
 def text_mlp(seed: int) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, 6)), seed)
 
@@ -204,6 +222,14 @@ SETTINGS = {
             digits_data,
             cnn,
             fi.SGD(lr=0.0012, momentum=0.9),
+        ),
+        Setting(
+            "cnn-pooled",
+            "tanh CNN with max pooling, SGD lr 0.01 momentum 0.9, 10 epochs",
+            digits_data,
+            pooled_cnn,
+            fi.SGD(lr=0.01, momentum=0.9),
+            epochs=10,
         ),
         Setting("tanh-sgd-coherent", "tanh MLP, SGD lr 0.05, coherent subsets", _coherent, mlp, fi.SGD(lr=0.05)),
         Setting("tanh-sgd-fast", "tanh MLP, SGD lr 0.2", digits_data, mlp, fi.SGD(lr=0.2)),

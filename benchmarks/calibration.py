@@ -184,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--derivative-error", type=float, default=1.0, help="in single runs' intervals, see Run.influence"
     )
+    parser.add_argument("--smoothing", type=float, default=None, help="of kinks, see ReplayOptions; 0 leaves them out")
     parser.add_argument("--truth", type=Path, default=None, help="keep (and reuse) the retrainings here")
     parser.add_argument("--recordings", type=Path, default=None, help="keep (and reuse) the recorded runs here")
     parser.add_argument("--mean", action="store_true", help="measure the mean over the second half of the epochs")
@@ -204,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
                     note=f"{setting.note}, mean over the second half",
                     replay=replace(setting.replay, measure_epochs="second-half"),
                 )
+            if options.smoothing is not None:
+                setting = replace(setting, replay=replace(setting.replay, smoothing=options.smoothing))
             if options.quick:
                 setting, runs, seeds = replace(setting, epochs=3), 16, 1
             found = evaluate(

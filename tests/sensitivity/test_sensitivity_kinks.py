@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from finfluence.sensitivity import ExactHessian, Kinks, Layout
+from finfluence.sensitivity import ExactHessian, Kinks, Layout, has_kinks
 
 SLOPES = torch.tensor([0.1, 0.3], dtype=torch.float64)
 ACTIVATIONS = {
@@ -87,6 +87,91 @@ def test_smooth_slopes_are_those_of_the_smoothed_function(name):
     _, slopes, _ = _derivatives(function, inputs.reshape(-1, 2))
     expected = (weights[:, None, None] * slopes.view(inputs.shape)).sum(0)
     torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3)
+
+
+POOLS = {
+    "two dimensions": (nn.MaxPool2d(2), (3, 2, 6, 6)),
+    "overlapping, padded": (nn.MaxPool2d(3, stride=2, padding=1), (3, 2, 7, 7)),
+    "dilated, unbatched": (nn.MaxPool2d((2, 3), stride=(2, 1), dilation=(1, 2)), (2, 6, 8)),
+    "one dimension": (nn.MaxPool1d(3, stride=2, padding=1), (3, 2, 9)),
+    "by name": (lambda x: functional.max_pool2d(input=x, kernel_size=2, stride=1), (3, 2, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_maximum_has_its_kink_where_two_are_equal(name):
+    """Values and gradients are pooling's own; the curvature is that of the second largest value overtaking."""
+    pool, shape = POOLS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    weights = None
+    found = []
+    for width in (0.0, 0.3):
+        with Kinks(width) as kinks:
+            y = pool(x)
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            (slope,) = torch.autograd.grad((weights * y).sum(), x, create_graph=True)
+        assert kinks.found == 1
+        found.append((y, slope))
+    (plain, slope), (value, same) = found
+    assert torch.equal(plain, value)
+    assert torch.equal(slope, same)
+    # by hand: every window's two largest values and where they are
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    (product,) = torch.autograd.grad((same * direction).sum(), x)
+    index = torch.arange(x.numel(), dtype=torch.float64).reshape(shape)
+    windows = _windows(pool, x.detach(), index)
+    ahead = torch.tensor([a - b for a, _, b, _ in windows], dtype=torch.float64)
+    width = 0.3 * ahead.square().mean().sqrt()
+    density = torch.exp(-0.5 * (ahead / width) ** 2) / (np.sqrt(2 * np.pi) * width)
+    expected, flat = torch.zeros(x.numel(), dtype=torch.float64), direction.reshape(-1)
+    for (_, i, _, j), w, d in zip(windows, weights.reshape(-1), density, strict=True):
+        moved = w * d * (flat[i] - flat[j])
+        expected[i] += moved
+        expected[j] -= moved
+    torch.testing.assert_close(product.reshape(-1), expected)
+
+
+def _windows(pool, x, index):
+    """(largest, its place, second, its place) of every window, by pooling again without what was the largest."""
+    found = []
+    pooled = pool(x)
+    for place in np.ndindex(*pooled.shape):
+        inside = []
+        rest = x.clone()
+        for _ in range(2):
+            leaf = rest.clone().requires_grad_()
+            out = pool(leaf)[place]
+            (mask,) = torch.autograd.grad(out, leaf)
+            where = int(index[mask != 0])
+            inside += [float(out.detach()), where]
+            rest.view(-1)[where] = -1e9
+        found.append(tuple(inside))
+    return found
+
+
+def test_smooth_slopes_of_pooling_are_shared_by_the_two_largest():
+    """Where two are equal each has half; every window's slopes add up to 1."""
+    x = torch.tensor([[[1.0, 1.0, 0.0, 3.0]]], requires_grad=True)
+    with Kinks(0.5, slopes=True):
+        (slope,) = torch.autograd.grad(functional.max_pool1d(x, 2).sum(), x)
+    width = 0.5 * np.sqrt((0 + 9) / 2)
+    share = float(torch.special.ndtr(torch.tensor(3.0 / width)))
+    torch.testing.assert_close(slope, torch.tensor([[[0.5, 0.5, 1 - share, share]]]))
+
+
+def test_pooling_that_is_left_alone():
+    x = torch.randn(1, 1, 5, 5, requires_grad=True)
+    for pool in (nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(1)):
+        with Kinks(0.3) as kinks:
+            (slope,) = torch.autograd.grad(pool(x).square().sum(), x, create_graph=True)
+        assert kinks.found == 1
+        assert torch.equal(slope, torch.autograd.grad(pool(x).square().sum(), x)[0])
+
+
+def test_models_with_kinks_are_known_by_their_modules():
+    assert has_kinks(nn.Sequential(nn.Linear(2, 2), nn.ReLU6()))
+    assert has_kinks(nn.Sequential(nn.Tanh(), nn.MaxPool2d(2)))
+    assert not has_kinks(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Softplus()))
 
 
 def test_overwritten_inputs_are_overwritten():

@@ -97,7 +97,7 @@ class Recording:
             panel_evaluations=evaluations,
             vectors=kept_vectors(update, clip_exactly=clip_exactly),
             vector_bytes=update.layout.size * itemsize,
-            model_size=sum(p.numel() for p in model.parameters()),
+            hessian=options.method(model),
             training_seconds=self.manifest.get("training_seconds"),
         )
 

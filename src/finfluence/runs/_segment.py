@@ -87,7 +87,7 @@ class SegmentWalker:
         )
         if engine.plan.precision == "bfloat16-autocast":
             self.limit = max(self.limit, 2e-2)
-        method: HessianMethod = options.method(sum(p.numel() for p in engine.model.parameters()))
+        method: HessianMethod = options.method(engine.model)
         if method == "exact":
             self._terms: BatchTerms = ExactTerms(engine, update.layout, kinks=options.smoothing or 0.0)
         else:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import psutil
 import torch
+from torch import nn
 
 from finfluence.errors import InputError
 from finfluence.sensitivity import (
@@ -19,6 +20,7 @@ from finfluence.sensitivity import (
     ClipDerivative,
     HessianMethod,
     SecondMoment,
+    has_kinks,
 )
 
 # What a segment's states may take before they go to a file, as a share of the free memory and, on a CPU, of what the
@@ -30,6 +32,8 @@ _PRODUCT_COST = {"exact": 1.5, "one-sided": 1.0, "central": 2.0}
 # Widths of kinks, set by hand on digits: under SGD ranks and scale hardly move between 0.1 and 0.5, and convolutions at
 # high rates want 0.3 and more; under AdamW the adjoints of one ReLU network of five diverged at 0.2, of none at 0.15.
 SMOOTHING, ADAPTIVE_SMOOTHING = 0.25, 0.1
+# As `EXACT_LIMIT`, where activations have kinks.
+KINKED_LIMIT = 30_000_000
 _SPANS = ("second-half", "throughout")
 # Even parts of the training that "throughout" measures after.
 THROUGHOUT = 6
@@ -45,7 +49,8 @@ class ReplayOptions:
             one more batch in the denominators; "exact", which with damping 0 is the true derivative of the run, for
             checks on small smooth problems; "constant", not at all. See `finfluence.sensitivity.AdjointOptions`.
         hessian: Hessian-vector products: "exact", "one-sided" or "central" differences of the gradient, or "auto":
-            exact for models of up to a million parameters, one-sided above.
+            exact for models of up to a million parameters (30 million with modules like ReLU, whose differences take
+            one more gradient a step), frozen ones included, and one-sided above.
         smoothing: width over which the kinks of ReLU and its kin are spread in Hessian-vector products, as a part of
             the standard deviation of the activation's input, see `finfluence.sensitivity.Kinks`. A ReLU network has a
             good part of its curvature there, and its second derivatives as autograd has them leave it out. None for
@@ -139,11 +144,13 @@ class ReplayOptions:
             )
         return self.measure_epochs
 
-    def method(self, model_size: int) -> Literal["exact", "one-sided", "central"]:
-        """The Hessian-vector product for a model with this many parameters, frozen ones included."""
+    def method(self, model: nn.Module) -> Literal["exact", "one-sided", "central"]:
+        """The Hessian-vector product for a model."""
         if self.hessian != "auto":
             return self.hessian
-        return "exact" if model_size <= EXACT_LIMIT else "one-sided"
+        kinked = self.smoothing != 0 and has_kinks(model)
+        size = sum(p.numel() for p in model.parameters())
+        return "exact" if size <= (KINKED_LIMIT if kinked else EXACT_LIMIT) else "one-sided"
 
     def memory_budget(self, device: torch.device | None = None) -> int:
         """Bytes that a segment's states may take in memory, on the device where the model is."""
@@ -216,7 +223,7 @@ class ReplayPlan:
         panel_evaluations: int,
         vectors: int,
         vector_bytes: int,
-        model_size: int,
+        hessian: str,
         training_seconds: float | None,
     ) -> ReplayPlan:
         """Works out the needs.
@@ -229,15 +236,14 @@ class ReplayPlan:
             panel_evaluations: per-sample gradients on the panel.
             vectors: vectors kept for each step of a segment.
             vector_bytes: bytes of one of them, as large as the trainable parameters.
-            model_size: number of the model's parameters, frozen ones included.
+            hessian: how Hessian-vector products are computed, see `ReplayOptions.method`.
             training_seconds: what the recorded training took; None where that is not known.
         """
         steps = cuts[-1] - cuts[0]
         longest = max(b - a for a, b in itertools.pairwise(cuts))
         state = vectors * vector_bytes
         held = state * min(longest, options.memory_budget() // max(1, state))
-        method = options.method(model_size)
-        gradients = steps * (2 + _PRODUCT_COST[method] * queries) + panel_evaluations / batch_size
+        gradients = steps * (2 + _PRODUCT_COST[hessian] * queries) + panel_evaluations / batch_size
         rows = steps * batch_size + panel_evaluations
         # one adjoint, sensitivity and product a query, and as much again for each slot of the optimizer's state
         adjoints = queries * (3 + max(0, vectors - 2)) * vector_bytes
@@ -245,7 +251,7 @@ class ReplayPlan:
             steps=steps,
             segments=len(cuts) - 1,
             queries=queries,
-            hessian=method,
+            hessian=hessian,
             panel_evaluations=panel_evaluations,
             gradients=gradients,
             memory_bytes=held + adjoints,

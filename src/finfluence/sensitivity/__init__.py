@@ -13,7 +13,7 @@ from finfluence.sensitivity.hvp import (
     difference_step,
     gradient_of,
 )
-from finfluence.sensitivity.kinks import Kinks
+from finfluence.sensitivity.kinks import Kinks, has_kinks
 from finfluence.sensitivity.layout import Layout
 from finfluence.sensitivity.live import live_direction, live_directions, live_scale
 from finfluence.sensitivity.optimizers import SGD, Adam, AdamW, Optimizer, from_dict
@@ -64,6 +64,7 @@ __all__ = [
     "from_torch",
     "generic_vjp",
     "gradient_of",
+    "has_kinks",
     "learning_rates",
     "live_direction",
     "live_directions",

@@ -1,4 +1,4 @@
-"""The curvature that piecewise linear activations have in their kinks, where autograd sees none.
+"""The curvature that piecewise linear layers have in their kinks, where autograd sees none.
 
 The second derivative of ReLU is a unit impulse at 0, and autograd's is 0. One network's gradient jumps where an
 activation switches, so its derivative misses what a training feels: over reruns, and over small changes of the data, a
@@ -6,7 +6,8 @@ unit near its kink is on in one and off in another. Spread over a normal kernel 
 
     r''(x) = φ(x/h)/h,
 
-the second derivative of ReLU averaged over inputs that vary with standard deviation h.
+the second derivative of ReLU averaged over inputs that vary with standard deviation h. A maximum has its kink where two
+candidates are equal: max(a, b) = a + relu(b − a).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -27,18 +28,27 @@ Jump = tuple[Any, float]
 Described = tuple[tuple[Jump, ...], bool]
 
 
+_MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)
+
+
+def has_kinks(model: nn.Module) -> bool:
+    """Whether a model has modules whose kinks `Kinks` smooths; activations that it calls by themselves do not show."""
+    return any(isinstance(module, _MODULES) for module in model.modules())
+
+
 class Kinks(TorchFunctionMode):
-    """Inside this context kinks of activations have curvature: those of ReLU, LeakyReLU, PReLU, ReLU6 and Hardtanh.
+    """Inside this context kinks have curvature: those of ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh and max pooling.
 
     Values stay what they are. By default gradients do, too, and a second backward pass finds φ(x/h)/h, times the jump
     of the slope, beside the derivative that autograd knows. With `slopes` the slope itself is smooth, Φ(x/h) in place
     of a step, for finite differences of gradients. The width h is a part of the standard deviation of the activation's
-    whole input. Maxima (pooling, clamping) are left as they are, as is what TorchScript has compiled.
+    whole input; in pooling (over one or two dimensions) of the root mean square by which the largest value of a window
+    exceeds the second. Other maxima and clamping are left as they are, as is what TorchScript has compiled.
 
     Attributes:
-        width: h over that standard deviation; 0 only counts.
+        width: h over that scale; 0 only counts.
         slopes: whether first derivatives are smooth.
-        found: activations with kinks so far.
+        found: layers with kinks so far.
     """
 
     def __init__(self, width: float, *, slopes: bool = False) -> None:
@@ -51,14 +61,19 @@ class Kinks(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.autograd.grad and self.width > 0:
             return self._differentiated(*args, **kwargs)
-        describe = _KINKED.get(func)
-        if describe is None:
+        describe, runner_up = _KINKED.get(func), _POOLED.get(func)
+        if describe is None and runner_up is None:
             return func(*args, **kwargs)
         inputs = args[0] if args else kwargs["input"]
         self.found += 1
         # under vmap a tensor does not know that it has a gradient
         if not (self.width > 0 and torch.is_grad_enabled() and inputs.is_floating_point() and inputs.numel()):
             return func(*args, **kwargs)
+        if runner_up is not None:
+            value = func(*args, **kwargs)
+            second = runner_up(*args, **kwargs)
+            return value if second is None else self._with_second(value, second)
+        assert describe is not None
         jumps, overwrites = describe(*args, **kwargs)
         before = inputs.clone() if overwrites else inputs
         if not overwrites:
@@ -86,11 +101,17 @@ class Kinks(TorchFunctionMode):
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
 
     def _with_curvature(self, inputs: Tensor, value: Tensor, jumps: tuple[Jump, ...]) -> Tensor:
-        spread = inputs.detach().std(correction=0)
-        width = (self.width * spread).clamp_min(torch.finfo(inputs.dtype).tiny)
+        width = self._width_of(inputs.detach().std(correction=0))
         for jump, at in jumps:
             value = value + jump * _Kink.apply(inputs - at if at else inputs, width, self.slopes)
         return value
+
+    def _with_second(self, value: Tensor, second: Tensor) -> Tensor:
+        behind = second - value
+        return value + _Kink.apply(behind, self._width_of(behind.detach().square().mean().sqrt()), self.slopes)
+
+    def _width_of(self, scale: Tensor) -> Tensor:
+        return (self.width * scale).clamp_min(torch.finfo(scale.dtype).tiny)
 
 
 def _several(tensors: Any) -> tuple[Any, ...]:
@@ -167,6 +188,55 @@ def _prelu(input: Tensor, weight: Tensor) -> Described:
     return ((1.0 - channels, 0.0),), False
 
 
+def _second_of_2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    """The second largest value of every window of max_pool2d; None where windows may reach over the edge."""
+    (kernel, step, edge, spacing) = (_pair(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
+    if ceil_mode or kernel == (1, 1):
+        return None
+    images = input.reshape(-1, 1, *input.shape[-2:])
+    if any(edge):
+        least = float(images.detach().min()) - 1.0
+        images = functional.pad(images, (edge[1], edge[1], edge[0], edge[0]), value=least)
+    windows = functional.unfold(images, kernel, dilation=spacing, stride=step)
+    second = windows.topk(2, dim=1).values[:, 1]
+    size = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(images.shape[-2:], kernel, step, spacing, strict=True)]
+    return second.reshape(*input.shape[:-2], *size)
+
+
+def _second_of_1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    kernel, step, edge, spacing = (_single(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
+    found = _second_of_2d(input.unsqueeze(-2), (1, kernel), (1, step), (0, edge), (1, spacing), ceil_mode)
+    return None if found is None else found.squeeze(-2)
+
+
+def _single(value: Any) -> int:
+    return int(value if isinstance(value, int) else value[0])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+_POOLED: dict[Any, Callable[..., Tensor | None]] = {
+    functional.max_pool1d: _second_of_1d,
+    functional.max_pool2d: _second_of_2d,
+}
 _KINKED: dict[Any, Callable[..., Described]] = {
     functional.relu: _relu,
     torch.relu: _relu,

@@ -208,15 +208,16 @@ def _timed_size(work: FineTuning, engine: Engine) -> float:
 
 def _replay(work: FineTuning, engine: Engine, *, cuts: list[int], evaluations: int, step: float) -> ReplayPlan:
     update = FlatUpdate(engine.parameters, engine.plan.optimizer.rule)
+    options = make_replay_options(work.configuration.sensitivity)
     return ReplayPlan.estimate(
-        make_replay_options(work.configuration.sensitivity),
+        options,
         cuts=cuts,
         queries=len(work.recipe.queries),
         batch_size=engine.plan.batch_size,
         panel_evaluations=evaluations,
         vectors=kept_vectors(update, clip_exactly=False),
         vector_bytes=update.layout.size * next(iter(engine.parameters.values())).dtype.itemsize,
-        model_size=sum(p.numel() for p in engine.model.parameters()),
+        hessian=options.method(engine.model),
         training_seconds=step * engine.total_steps,
     )
 
