@@ -198,7 +198,12 @@ def test_what_has_no_gradient_or_no_kink_is_left_alone():
         empty = torch.relu(torch.zeros(0, 3, requires_grad=True))
         constant = torch.zeros(4, requires_grad=True)
         (slope,) = torch.autograd.grad(torch.relu(constant).sum(), constant, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), constant)
     assert empty.shape == (0, 3)
+    assert not slope.any()
+    assert not second.any()
+    with Kinks(0.2, slopes=True):
+        (slope,) = torch.autograd.grad(torch.relu(constant).sum(), constant)
     assert not slope.any()
     with Kinks(0.0) as kinks:
         _, _, second = _derivatives(torch.relu, x)

@@ -101,17 +101,14 @@ class Kinks(TorchFunctionMode):
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
 
     def _with_curvature(self, inputs: Tensor, value: Tensor, jumps: tuple[Jump, ...]) -> Tensor:
-        width = self._width_of(inputs.detach().std(correction=0))
+        width = self.width * inputs.detach().std(correction=0)
         for jump, at in jumps:
             value = value + jump * _Kink.apply(inputs - at if at else inputs, width, self.slopes)
         return value
 
     def _with_second(self, value: Tensor, second: Tensor) -> Tensor:
         behind = second - value
-        return value + _Kink.apply(behind, self._width_of(behind.detach().square().mean().sqrt()), self.slopes)
-
-    def _width_of(self, scale: Tensor) -> Tensor:
-        return (self.width * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+        return value + _Kink.apply(behind, self.width * behind.detach().square().mean().sqrt(), self.slopes)
 
 
 def _several(tensors: Any) -> tuple[Any, ...]:
@@ -125,7 +122,10 @@ def _edges(tensors: tuple[Any, ...]) -> list[Any]:
 
 
 class _Kink(torch.autograd.Function):
-    """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step."""
+    """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step.
+
+    Where all inputs are the same there is nothing to smooth over, and no curvature.
+    """
 
     generate_vmap_rule = True
 
@@ -143,7 +143,8 @@ class _Kink(torch.autograd.Function):
         (gradient,) = gradients
         x, width = ctx.saved_tensors
         if ctx.slopes:
-            return gradient * (torch.special.ndtr(x / width) - (x > 0).to(x.dtype)), None, None
+            smooth = torch.special.ndtr(x / _positive(width)) - (x > 0).to(x.dtype)
+            return gradient * smooth * (width > 0), None, None
         return _Curvature.apply(gradient, x, width), None, None
 
 
@@ -163,8 +164,13 @@ class _Curvature(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         gradient, x, width = ctx.saved_tensors
-        density = torch.exp(-0.5 * (x / width).square()) / (math.sqrt(2.0 * math.pi) * width)
-        return None, gradients[0] * gradient * density, None
+        safe = _positive(width)
+        density = torch.exp(-0.5 * (x / safe).square()) / (math.sqrt(2.0 * math.pi) * safe)
+        return None, gradients[0] * gradient * density * (width > 0), None
+
+
+def _positive(width: Tensor) -> Tensor:
+    return torch.where(width > 0, width, 1.0)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Described:
