@@ -211,6 +211,40 @@ def test_what_has_no_gradient_or_no_kink_is_left_alone():
     assert not second.any()
 
 
+def test_infinite_inputs_leave_no_mark():
+    """Rows masked by −∞ before they are pooled."""
+    x = torch.randn(2, 3, 8)
+    x[:, :, 5:] = -torch.inf
+    x.requires_grad_()
+    for function in (torch.relu, lambda y: functional.max_pool1d(y, 2)):
+        (expected,) = torch.autograd.grad(function(x).clamp(min=-9).sum(), x)
+        for slopes in (False, True):
+            with Kinks(0.2, slopes=slopes):
+                y = function(x).clamp(min=-9)
+                (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            assert torch.equal(y, function(x).clamp(min=-9))
+            assert torch.equal(slope, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_derivatives_of_every_mode():
+    """Forward mode, function transforms and maps over rows see the same curvature as two backward passes."""
+    inputs = torch.linspace(-1, 1, 30, dtype=torch.float64)
+
+    def f(w):
+        return torch.relu(w + inputs).sum()
+
+    w = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    with Kinks(0.2):
+        (slope,) = torch.autograd.grad(f(w), w, create_graph=True)
+        (second,) = torch.autograd.grad(slope, w)
+        found = torch.func.hessian(f)(w.detach())
+        mapped = torch.func.vmap(torch.func.grad(torch.func.grad(f)))(w.detach().repeat(2))
+    assert second > 1
+    torch.testing.assert_close(found, second)
+    torch.testing.assert_close(mapped, second.repeat(2))
+
+
 class _Network(nn.Module):
     def __init__(self, *, recomputed: bool) -> None:
         super().__init__()

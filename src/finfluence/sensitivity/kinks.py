@@ -27,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 Jump = tuple[Any, float]
 Described = tuple[tuple[Jump, ...], bool]
 
-
 _MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d)
 
 
@@ -90,12 +89,16 @@ class Kinks(TorchFunctionMode):
         Called with tensors it would leave the mode; edges of the graph it does not look at.
         """
         outputs, inputs, grad_outputs = _several(outputs), _several(inputs), _several(grad_outputs)
+        edges = _edges(outputs), _edges(inputs)
+        if edges[0] is None or edges[1] is None:
+            options["materialize_grads"] = materialize_grads
+            return torch.autograd.grad(outputs, inputs, grad_outputs or None, **options)
         if not grad_outputs:
             grad_outputs = tuple(torch.ones_like(output) for output in outputs)
         if materialize_grads:
             options["allow_unused"] = True
         with self:
-            found = torch.autograd.grad(_edges(outputs), _edges(inputs), grad_outputs, **options)
+            found = torch.autograd.grad(*edges, grad_outputs, **options)
         if not materialize_grads:
             return found
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
@@ -103,12 +106,12 @@ class Kinks(TorchFunctionMode):
     def _with_curvature(self, inputs: Tensor, value: Tensor, jumps: tuple[Jump, ...]) -> Tensor:
         width = self.width * inputs.detach().std(correction=0)
         for jump, at in jumps:
-            value = value + jump * _Kink.apply(inputs - at if at else inputs, width, self.slopes)
+            value = value + jump * _kink(inputs - at if at else inputs, width, slopes=self.slopes)
         return value
 
     def _with_second(self, value: Tensor, second: Tensor) -> Tensor:
         behind = second - value
-        return value + _Kink.apply(behind, self.width * behind.detach().square().mean().sqrt(), self.slopes)
+        return value + _kink(behind, self.width * behind.detach().square().mean().sqrt(), slopes=self.slopes)
 
 
 def _several(tensors: Any) -> tuple[Any, ...]:
@@ -117,60 +120,30 @@ def _several(tensors: Any) -> tuple[Any, ...]:
     return tuple(tensors)
 
 
-def _edges(tensors: tuple[Any, ...]) -> list[Any]:
-    return [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in tensors]
+def _edges(tensors: tuple[Any, ...]) -> list[Any] | None:
+    """Where tensors stand in the graph; None of what torch's function transforms wrap, or has no gradient."""
+    if not all(t.requires_grad for t in tensors if isinstance(t, Tensor)):
+        return None
+    try:
+        return [get_gradient_edge(t) if isinstance(t, Tensor) else t for t in tensors]
+    except AttributeError:
+        return None
 
 
-class _Kink(torch.autograd.Function):
+def _kink(x: Tensor, width: Tensor, *, slopes: bool) -> Tensor:
     """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step.
 
-    Where all inputs are the same there is nothing to smooth over, and no curvature.
+    Where all inputs are the same, or some are infinite, there is nothing to smooth over, and no curvature.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, width: Tensor, slopes: bool) -> Tensor:
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, width, ctx.slopes = inputs
-        ctx.save_for_backward(x, width)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        x, width = ctx.saved_tensors
-        if ctx.slopes:
-            smooth = torch.special.ndtr(x / _positive(width)) - (x > 0).to(x.dtype)
-            return gradient * smooth * (width > 0), None, None
-        return _Curvature.apply(gradient, x, width), None, None
-
-
-class _Curvature(torch.autograd.Function):
-    """0, with the derivative φ(x/h)/h · gradient by x."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient: Tensor, x: Tensor, width: Tensor) -> Tensor:
-        return torch.zeros_like(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        gradient, x, width = ctx.saved_tensors
-        safe = _positive(width)
-        density = torch.exp(-0.5 * (x / safe).square()) / (math.sqrt(2.0 * math.pi) * safe)
-        return None, gradients[0] * gradient * density * (width > 0), None
-
-
-def _positive(width: Tensor) -> Tensor:
-    return torch.where(width > 0, width, 1.0)
+    known = torch.isfinite(x.detach())
+    at = torch.where(known, x.detach(), 0.0)
+    moved = torch.where(known, x, 0.0) - at  # 0, but its derivative is not
+    smooth = torch.isfinite(width) & (width > 0)
+    scale = torch.where(smooth, width, 1.0)
+    if slopes:
+        return moved * (torch.special.ndtr(at / scale) - (at > 0).to(x.dtype)) * smooth
+    density = torch.exp(-0.5 * (at / scale).square()) / (math.sqrt(2.0 * math.pi) * scale)
+    return 0.5 * moved.square() * density * smooth
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Described:
