@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("digits", 40, "exact"),
         ("large", 1, "one-sided"),
         ("large", 1, "exact"),
-        ("large-adamw", 1, "one-sided"),
+        ("large-adamw", 1, "auto"),
     ]
     panels = (NoisePanel(), NoisePanel(0))
     if options.quick:

@@ -106,7 +106,7 @@ class Kinks(TorchFunctionMode):
     def _with_curvature(self, inputs: Tensor, value: Tensor, jumps: tuple[Jump, ...]) -> Tensor:
         width = self.width * inputs.detach().std(correction=0)
         for jump, at in jumps:
-            value = value + jump * _kink(inputs - at if at else inputs, width, slopes=self.slopes)
+            value = value + _kink(inputs - at if at else inputs, width, jump=jump, slopes=self.slopes)
         return value
 
     def _with_second(self, value: Tensor, second: Tensor) -> Tensor:
@@ -130,20 +130,20 @@ def _edges(tensors: tuple[Any, ...]) -> list[Any] | None:
         return None
 
 
-def _kink(x: Tensor, width: Tensor, *, slopes: bool) -> Tensor:
-    """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step.
+def _kink(x: Tensor, width: Tensor, *, jump: Any = 1.0, slopes: bool) -> Tensor:
+    """0, with the slope 0 and the curvature φ(x/h)/h; with `slopes` the slope Φ(x/h) less that of a step; times `jump`.
 
     Where all inputs are the same, or some are infinite, there is nothing to smooth over, and no curvature.
     """
-    known = torch.isfinite(x.detach())
-    at = torch.where(known, x.detach(), 0.0)
-    moved = torch.where(known, x, 0.0) - at  # 0, but its derivative is not
     smooth = torch.isfinite(width) & (width > 0)
     scale = torch.where(smooth, width, 1.0)
+    x = torch.where(smooth, x, 0.0)
+    at = x.detach()
+    moved = x - at  # 0, but its derivative is not
     if slopes:
-        return moved * (torch.special.ndtr(at / scale) - (at > 0).to(x.dtype)) * smooth
-    density = torch.exp(-0.5 * (at / scale).square()) / (math.sqrt(2.0 * math.pi) * scale)
-    return 0.5 * moved.square() * density * smooth
+        return moved * (torch.special.ndtr(at / scale) - (at > 0).to(x.dtype)) * (jump * smooth)
+    density = torch.exp(at.square() * (-0.5 / scale.square()))
+    return moved.square() * (density * (jump * smooth / (2.0 * math.sqrt(2.0 * math.pi) * scale)))
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Described:
