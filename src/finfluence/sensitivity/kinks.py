@@ -89,8 +89,8 @@ class Kinks(TorchFunctionMode):
         Called with tensors it would leave the mode; edges of the graph it does not look at.
         """
         outputs, inputs, grad_outputs = _several(outputs), _several(inputs), _several(grad_outputs)
-        edges = _edges(outputs), _edges(inputs)
-        if edges[0] is None or edges[1] is None:
+        ends, starts = _edges(outputs), _edges(inputs)
+        if ends is None or starts is None:
             options["materialize_grads"] = materialize_grads
             return torch.autograd.grad(outputs, inputs, grad_outputs or None, **options)
         if not grad_outputs:
@@ -98,7 +98,7 @@ class Kinks(TorchFunctionMode):
         if materialize_grads:
             options["allow_unused"] = True
         with self:
-            found = torch.autograd.grad(*edges, grad_outputs, **options)
+            found = torch.autograd.grad(ends, starts, grad_outputs, **options)
         if not materialize_grads:
             return found
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True))
@@ -167,7 +167,7 @@ def _prelu(input: Tensor, weight: Tensor) -> Described:
     return ((1.0 - channels, 0.0),), False
 
 
-def _second_of_2d(
+def _second(
     input: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -175,46 +175,34 @@ def _second_of_2d(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
+    *,
+    flat: bool,
 ) -> Tensor | None:
-    """The second largest value of every window of max_pool2d; None where windows may reach over the edge."""
-    (kernel, step, edge, spacing) = (_pair(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
+    """The second largest value of every window of max_pool2d, or max_pool1d (`flat`); None with `ceil_mode`."""
+
+    def both(value: Any, across: int) -> tuple[int, int]:
+        """Of the two dimensions, the first with its `across` where there is only the other."""
+        first, last = (value, value) if isinstance(value, int) else (value[0], value[-1])
+        return (across if flat else int(first)), int(last)
+
+    kernel, step, spacing = both(kernel_size, 1), both(stride or kernel_size, 1), both(dilation, 1)
+    above, before = both(padding, 0)
     if ceil_mode or kernel == (1, 1):
         return None
-    images = input.reshape(-1, 1, *input.shape[-2:])
-    if any(edge):
-        least = float(images.detach().min()) - 1.0
-        images = functional.pad(images, (edge[1], edge[1], edge[0], edge[0]), value=least)
-    windows = functional.unfold(images, kernel, dilation=spacing, stride=step)
-    second = windows.topk(2, dim=1).values[:, 1]
+    images = input.unsqueeze(-2) if flat else input
+    lead = images.shape[:-2]
+    images = images.reshape(-1, 1, *images.shape[-2:])
+    if above or before:
+        images = functional.pad(images, (before, before, above, above), value=float(images.detach().min()) - 1.0)
+    second = functional.unfold(images, kernel, dilation=spacing, stride=step).topk(2, dim=1).values[:, 1]
     size = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(images.shape[-2:], kernel, step, spacing, strict=True)]
-    return second.reshape(*input.shape[:-2], *size)
-
-
-def _second_of_1d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor | None:
-    kernel, step, edge, spacing = (_single(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    found = _second_of_2d(input.unsqueeze(-2), (1, kernel), (1, step), (0, edge), (1, spacing), ceil_mode)
-    return None if found is None else found.squeeze(-2)
-
-
-def _single(value: Any) -> int:
-    return int(value if isinstance(value, int) else value[0])
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+    found = second.reshape(*lead, *size)
+    return found.squeeze(-2) if flat else found
 
 
 _POOLED: dict[Any, Callable[..., Tensor | None]] = {
-    functional.max_pool1d: _second_of_1d,
-    functional.max_pool2d: _second_of_2d,
+    functional.max_pool1d: functools.partial(_second, flat=True),
+    functional.max_pool2d: functools.partial(_second, flat=False),
 }
 _KINKED: dict[Any, Callable[..., Described]] = {
     functional.relu: _relu,
