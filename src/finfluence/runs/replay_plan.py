@@ -30,7 +30,7 @@ _PROCESS_SHARE = 0.1
 # Batch gradients that one Hessian-vector product costs; several exact products of a small model share their overhead.
 _PRODUCT_COST = {"exact": 1.5, "one-sided": 1.0, "central": 2.0}
 # Widths of kinks, set by hand on digits: under SGD ranks and scale hardly move between 0.1 and 0.5, and convolutions at
-# high rates want 0.3 and more; under AdamW the adjoints of one ReLU network of five diverged at 0.2, of none at 0.15.
+# high rates want 0.3 and more; under AdamW adjoints diverged in one run of five at 0.2, in none at 0.15.
 SMOOTHING, ADAPTIVE_SMOOTHING = 0.25, 0.1
 # As `EXACT_LIMIT`, where activations have kinks.
 KINKED_LIMIT = 30_000_000
