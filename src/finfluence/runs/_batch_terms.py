@@ -137,15 +137,10 @@ class DifferenceTerms:
             found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             return dict(zip(engine.parameters, found, strict=True))
 
-        def move(parameters: Any) -> None:
-            with torch.no_grad():
-                for name, value in parameters.items():
-                    engine.parameters[name].copy_(value)
-
         def gradient_at(parameters: Any) -> dict[str, Tensor]:
             # Every evaluation of this micro-batch sees the dropout masks of the training.
             set_random_state(engine.device, before)
-            move(parameters)
+            engine.place(parameters)
             return differentiated(loss(precise=self._precise))
 
         def gradients(parameters: Any) -> dict[str, Tensor]:
@@ -169,7 +164,9 @@ class DifferenceTerms:
                 self.hooks.backward(loss())
                 at_theta = gradient
             else:
-                move(self.layout.unflatten(theta))  # the differences of the micro-batch before have left the model
+                engine.place(
+                    self.layout.unflatten(theta)
+                )  # the differences of the micro-batch before have left the model
                 at_theta = self.layout.flatten(differentiated(loss()))
         after = random_state(engine.device)
         smooth = self.kinks if kinks.found else 0.0

@@ -100,9 +100,7 @@ class SegmentWalker:
         return self.update.layout.flatten({name: p.detach() for name, p in self.engine.parameters.items()}, out=out)
 
     def _set_parameters(self, theta: Tensor) -> None:
-        with torch.no_grad():
-            for name, value in self.update.layout.unflatten(theta).items():
-                self.engine.parameters[name].copy_(value)
+        self.engine.place(self.update.layout.unflatten(theta))
 
     def forwards(self, batches: Sequence[Batch], *, advance: Callable[[], None]) -> list[float]:
         """Re-executes the steps from the state that the engine is in, and keeps what was there before each of them.

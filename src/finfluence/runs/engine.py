@@ -165,6 +165,12 @@ class Engine:
         """The steps after which the run is measured, see `Plan.measured_steps`."""
         return self.plan.measured_steps(epochs, self.n)
 
+    def place(self, parameters: Mapping[str, Tensor]) -> None:
+        """Moves the model to these trainable parameters, by name."""
+        with torch.no_grad():
+            for name, value in parameters.items():
+                self.parameters[name].copy_(value)
+
     def rates(self, step: int) -> float | Sequence[float]:
         """The learning rate of a step, or one for each param group."""
         return self.learning_rate(step)

@@ -74,9 +74,9 @@ class Kinks(TorchFunctionMode):
             return value if second is None else self._with_second(value, second)
         assert describe is not None
         jumps, overwrites = describe(*args, **kwargs)
-        before = inputs.clone() if overwrites else inputs
         if not overwrites:
-            return self._with_curvature(before, func(*args, **kwargs), jumps)
+            return self._with_curvature(inputs, func(*args, **kwargs), jumps)
+        before = inputs.clone()
         rest = {name: value for name, value in kwargs.items() if name != "input"}
         value = func(before.clone(), *args[1:], **rest)
         return inputs.copy_(self._with_curvature(before, value, jumps))

@@ -333,9 +333,7 @@ class _Subject:
         theta = {name: p.detach().clone() for name, p in engine.parameters.items()}
 
         def gradient(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            with torch.no_grad():
-                for name, value in parameters.items():
-                    engine.parameters[name].copy_(value)
+            engine.place(parameters)
             seed_step(self.plan.seed, self.batch.step, device=engine.device)
             # a replay takes them without autocast, too
             return gradients_of(engine.losses(engine.model, self.rows, precise=True).mean(), engine)
@@ -344,9 +342,7 @@ class _Subject:
             made = batch_hessian(theta, gradient=gradient, method=method, layout=layout, precision=precision)
             return made.product(direction.to(next(iter(theta.values())).dtype))
         finally:
-            with torch.no_grad():
-                for name, value in theta.items():
-                    engine.parameters[name].copy_(value)
+            engine.place(theta)
 
     def _quiet_engine(self) -> Engine:
         """A copy without dropout, everything else in training mode."""
