@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ from finfluence.runs.sampling import Sampler
 from finfluence.runs.tasks import ClassificationTask
 from finfluence.sensitivity import SGD, Adam, AdamW
 
-TOLERANCE = 2e-5  # relative, of losses after some twenty float32 steps; a wrong batch changes them by percents
+# relative, of losses after some twenty float32 steps, which amplify rounding; a wrong batch changes them by percents
+TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_a_broken_training_does_not_touch_its_neighbours(tmp_path: Any) -> None:
         if job not in healthy:
             assert outcome.values is None
             assert outcome.error is not None
-            assert "infinite at step" in outcome.error
+            assert re.search("(infinite|nan) at step", outcome.error)
 
 
 def test_chunks_are_bounded_by_memory(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

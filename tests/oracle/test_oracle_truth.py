@@ -16,18 +16,26 @@ from finfluence.runs.oracle.store import TruthStore
 from finfluence.tradeoff import SIGN_CONVENTION, compare, gaussianity
 
 
-def _truth(directory: Any, values: dict[str, np.ndarray], failed: dict[str, int] | None = None) -> Truth:
-    """A truth of made-up measurements: (runs, queries) by arm; queries a, b, …"""
+def _truth(
+    directory: Any,
+    values: dict[str, np.ndarray],
+    failed: dict[str, int] | None = None,
+    *,
+    orders: str | None = None,
+    first: dict[str, int] | None = None,
+) -> Truth:
+    """A truth of made-up measurements: (runs, queries) by arm; queries a, b, …; an arm's runs count from `first` on."""
     queries = [chr(ord("a") + k) for k in range(next(iter(values.values())).shape[1])]
     store = TruthStore(directory)
     store.begin(
-        {"queries": dict.fromkeys(queries, ""), "measured_epochs": [2], "budget": "steps", "initialisation": "fixed"},
+        {"queries": dict.fromkeys(queries, ""), "measured_epochs": [2], "budget": "steps", "initialisation": "fixed"}
+        | ({} if orders is None else {"orders": orders}),
         {name: {"arm": name, "ids": [k, k + 7]} for k, name in enumerate(values) if name != "base"},
     )
     outcomes = [
         Outcome(Job(arm, run, run), row[None], None, 0.1)
         for arm, rows in values.items()
-        for run, row in enumerate(rows)
+        for run, row in enumerate(rows, (first or {}).get(arm, 0))
     ]
     outcomes += [
         Outcome(Job(arm, 100 + k, k), None, "ValueError: no", 0.1)
@@ -81,6 +89,28 @@ def test_halves_share_no_training(tmp_path: Any, normal: dict[str, np.ndarray]) 
             expected = compare(normal["base"][half::2, 0], normal[f"s{k}"][half::2, 0]).mu
             assert found[0, k] == pytest.approx(expected)
     assert not np.allclose(first, second)
+
+
+def test_pairs_are_matched_by_run(tmp_path: Any, normal: dict[str, np.ndarray]) -> None:
+    """Runs that one arm has not finished are left out of both, and the error is that of pairs."""
+    arms = {"base": normal["base"], "s0": normal["base"][5:35] + 0.02 * (1 + normal["s0"][:30])}
+    truth = _truth(tmp_path / "many", arms, orders="paired", first={"s0": 5})
+    p, q = truth.losses("a", "s0")
+    np.testing.assert_array_equal(p, normal["base"][5:35, 0])
+    np.testing.assert_array_equal(q, arms["s0"][:, 0])
+    expected = compare(p, q, paired=True)
+    row = truth.influence("a").row(0, named=True)
+    assert (row["mu"], row["se"], row["p_value"]) == (expected.mu, expected.se, expected.p_value)
+    assert (row["runs_with"], row["runs_without"], row["missing"]) == (30, 30, 0)
+    assert metadata(truth.influence("a"))["orders"] == "paired"
+    mu, se = truth.matrix(["a"])
+    assert (mu[0, 0], se[0, 0]) == pytest.approx((expected.mu, expected.se))
+    halves = truth.split_halves(["a"])
+    assert halves[1][0, 0] == pytest.approx(compare(p[1::2], q[1::2], paired=True).mu)
+    assert truth.influence("a", estimator="rank")["mu"][0] == compare(p, q, "rank").mu
+    few = _truth(tmp_path / "few", {"base": arms["base"][:6], "s0": arms["s0"][:6]}, orders="paired", first={"s0": 3})
+    with pytest.raises(OracleError, match=r"3 finished runs with all samples and 3 without 's0'.*1 more in all"):
+        few.influence("a")
 
 
 def test_losses_and_curve(tmp_path: Any, normal: dict[str, np.ndarray]) -> None:

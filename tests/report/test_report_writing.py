@@ -297,11 +297,13 @@ def test_a_diverged_query_does_not_cost_the_others(
 def test_verified_subsets_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", pl.DataFrame({"sample": np.arange(60)}), batch=20)
     entry = VERIFIED | {"name": "<flagged>"}
+    measured = entry | {"means": [0.5312, 0.4987654]}  # files of earlier versions have no means
     target = tmp_path / "run" / "verified.json"
-    target.write_text(json.dumps([entry, entry | {"query": "another"}]))
+    target.write_text(json.dumps([entry, measured, entry | {"query": "another"}]))
     payload = payload_of(write_report(run).read_text(encoding="utf-8"))
     table = payload["query:0"]["verified"]["table"]
-    assert table == [["<flagged>", "5", "−2.00 (−2.98 to −1.02)", "−1.80 (−2.20 to −1.40)", "32"]]
+    row = ["<flagged>", "5", "−2.00 (−2.98 to −1.02)", "−1.80 (−2.20 to −1.40)"]
+    assert table == [[*row, "", "32"], [*row, "0.5312 → 0.4988", "32"]]
     assert "measured by retraining" in payload["query:0"]["removal"]["text"]
     target.write_text(json.dumps([{"query": "validation"}]))
     with pytest.raises(InputError, match=r"verified\.json"):

@@ -39,6 +39,10 @@ def test_measured_mu_agrees_with_prediction_for_the_flipped_labels(run: fi.Run) 
     assert last.measured.mu < -1
     assert 0.4 < last.predicted.mu / last.measured.mu < 2.5
     assert "lowers the measurement" in str(last)
+    p, q = last.truth.losses("validation", next(iter(last.truth.subsets)))
+    assert last.means == pytest.approx((p.mean(), q.mean()))
+    assert last.change_se == pytest.approx(np.std(q - p, ddof=1) / np.sqrt(32))
+    assert f"from {p.mean():.4g} to {q.mean():.4g}" in str(last)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def demo(
     _say("5 report")
     report = run.report()
 
-    print(f"Predicted from one run, and measured by {states[-1].runs} + {states[-1].runs} retrainings:")
+    print(f"Predicted from one run, and measured by {states[-1].runs} pairs of retrainings:")
     for state in states:
         (low, high), (m_low, m_high) = state.predicted.interval(0.95), state.measured_interval
         print(
@@ -86,7 +86,7 @@ def demo(
     error = float(np.std(after - before, ddof=1) / np.sqrt(len(before)))
     print(
         f"Test accuracy: {before.mean():.1%} before, {after.mean():.1%} after cleaning "
-        f"(mean of {len(before)} retrainings each; change {100 * (after - before).mean():+.1f} ± {100 * error:.1f} "
+        f"(mean of {len(before)} pairs of retrainings; change {100 * (after - before).mean():+.1f} ± {100 * error:.1f} "
         "points, standard error)."
     )
     print(f"Cleaned data: {written[0]}; dropped rows: {written[1]}.")

@@ -33,7 +33,7 @@ def verify(
     ] = None,
     effect: Annotated[str, typer.Option(help="With --curve: harmful or supporting rows first.")] = "harmful",
     query: Annotated[str | None, typer.Option(help="Query; may be left out where there is one.")] = None,
-    runs: Annotated[int, typer.Option(help="Retrainings an arm at most.")] = 64,
+    runs: Annotated[int, typer.Option(help="Pairs of retrainings, with and without, at most.")] = 32,
     executor: Annotated[
         str | None,
         typer.Option(help="ensemble (small models), processes or ray; what suits the run's model by default."),
@@ -45,7 +45,7 @@ def verify(
     """Retrain with and without a subset and print predicted mu beside measured mu, both with intervals.
 
     Example: finfluence verify runs/demo --flagged --precision 0.8
-    Another: finfluence verify runs/demo --curve 10,50,recommended --runs 32
+    Another: finfluence verify runs/demo --curve 10,50,recommended --runs 16
     """
     from finfluence.runs import open_runs
     from finfluence.tradeoff import SIGN_CONVENTION
@@ -81,7 +81,7 @@ def verify(
         ):
             low, high = state.measured_interval
             print(
-                f"{state.name}, {state.runs} retrainings an arm: measured μ = {state.measured.mu:+.2f} "
+                f"{state.name}, {state.runs} pairs of retrainings: measured μ = {state.measured.mu:+.2f} "
                 f"(95 % {low:+.2f} to {high:+.2f})",
                 file=sys.stderr,
             )

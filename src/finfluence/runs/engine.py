@@ -100,7 +100,7 @@ class Engine:
         model: trained in place.
         dataset: map-style dataset.
         plan: how to train.
-        subset: (m,) int64 rows of the dataset that are trained on; None for all.
+        subset: (m,) int64 rows of the dataset that are trained on, ascending; None for all.
         collate: see `finfluence.runs.data.take`.
         population: number of samples that batches are cut for, see `Sampler.boundaries`; None for those trained on.
 
@@ -128,7 +128,8 @@ class Engine:
     ) -> None:
         self.task, self.model, self.dataset, self.plan, self.collate = task, model, dataset, plan, collate
         self.subset = subset
-        self.n = dataset_size(dataset) if subset is None else len(subset)
+        self._rows = dataset_size(dataset)
+        self.n = self._rows if subset is None else len(subset)
         self.device = model_device(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model_size = sum(p.numel() for p in model.parameters())
@@ -141,15 +142,15 @@ class Engine:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The run's batches from step `start` on; indices are rows of the dataset."""
         plan = self.plan
-        for batch in plan.sampler.batches(
-            self.n,
+        return plan.sampler.batches(
+            self._rows,
             plan.batch_size,
             seed=plan.seed,
             steps=self.total_steps,
             start=start,
+            kept=self.subset,
             population=self.population,
-        ):
-            yield batch if self.subset is None else batch._replace(indices=self.subset[batch.indices])
+        )
 
     @property
     def rules(self) -> UpdateRule | Mapping[str, ParameterRule]:

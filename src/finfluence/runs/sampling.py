@@ -89,40 +89,71 @@ class Sampler:
         return np.rint(cuts * (n / whole)).astype(np.int64)
 
     def epoch(
-        self, n: int, batch_size: int, *, seed: int, epoch: int, population: int | None = None
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        kept: np.ndarray | None = None,
+        population: int | None = None,
     ) -> list[np.ndarray]:
         """The batches of one epoch.
 
+        Training on a part of the data has the order of training on all of it, less the samples that are left out. Its
+        law is that of an order drawn for the part alone, and two trainings with one seed have most of it in common.
+
         Args:
-            n: number of samples.
+            n: number of samples in the data.
             batch_size: samples in a full batch.
             seed: the run's seed.
             epoch: index of the epoch; every epoch has a random stream of its own.
-            population: see `boundaries`; the inclusion probability of Poisson sampling is batch_size / population.
+            kept: (m,) int64 rows that are trained on, ascending; None for all n.
+            population: number of samples that batches are cut for, see `boundaries`; None for those trained on. The
+                inclusion probability of Poisson sampling is batch_size / population.
 
         Returns:
             One (b,) int64 array of sample indices per step.
         """
-        whole = n if population is None else population
+        own = n if kept is None else len(kept)
+        whole = own if population is None else population
         steps = self.steps_per_epoch(whole, batch_size)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _ORDER_STREAM, epoch])))
+        inside = np.ones(n, dtype=bool)
+        if kept is not None:
+            inside = np.zeros(n, dtype=bool)
+            inside[kept] = True
         if self.kind == "shuffled":
             order = generator.permutation(n)
-            cuts = self.boundaries(n, batch_size, population=population)
+            order = order[inside[order]]
+            cuts = self.boundaries(own, batch_size, population=population)
             return [order[start:stop] for start, stop in itertools.pairwise(cuts)]
         if self.kind == "with-replacement":
-            return list(generator.integers(0, n, size=(steps, batch_size)))
-        return [np.flatnonzero(generator.random(n) < batch_size / whole) for _ in range(steps)]
+            drawn = generator.integers(0, n, size=(steps, batch_size))
+            if kept is not None:
+                # a draw of a sample that is left out is made again, among the others
+                drawn = np.where(inside[drawn], drawn, kept[generator.integers(0, own, size=drawn.shape)])
+            return list(drawn)
+        return [np.flatnonzero((generator.random(n) < batch_size / whole) & inside) for _ in range(steps)]
 
     def batches(
-        self, n: int, batch_size: int, *, seed: int, steps: int, start: int = 0, population: int | None = None
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        seed: int,
+        steps: int,
+        start: int = 0,
+        kept: np.ndarray | None = None,
+        population: int | None = None,
     ) -> Iterator[Batch]:
-        """All batches of a run of `steps` steps, beginning with step `start`; `population` as in `boundaries`."""
-        per_epoch = self.steps_per_epoch(n if population is None else population, batch_size)
+        """All batches of a run of `steps` steps, beginning with step `start`; `kept`, `population` as in `epoch`."""
+        own = n if kept is None else len(kept)
+        per_epoch = self.steps_per_epoch(own if population is None else population, batch_size)
         step = start
         while step < steps:
             epoch, first = divmod(step, per_epoch)
-            batches = self.epoch(n, batch_size, seed=seed, epoch=epoch, population=population)
+            batches = self.epoch(n, batch_size, seed=seed, epoch=epoch, kept=kept, population=population)
             for position, indices in enumerate(batches[first:], first):
                 if step >= steps:
                     return

@@ -67,15 +67,23 @@ class NormalLaw:
 
 @dataclass(frozen=True)
 class NoncentralTLaw:
-    """The two-sample t statistic of normal measurements with a common variance, exact at any number of runs.
+    """A t statistic of normal measurements.
 
-    t = (mean_Q - mean_P) / (sd * scale) is noncentral t with `df` degrees of freedom and noncentrality mu / scale,
-    where scale = sqrt(1/n_P + 1/n_Q).
+    t = (mean_Q - mean_P) / (sd * scale) is noncentral t with `df` degrees of freedom and noncentrality mu / scale.
+    Of two independent samples with a common variance scale is sqrt(1/n_P + 1/n_Q), and this is exact at any number of
+    runs; of pairs see `estimators.gaussian_estimates`.
+
+    Attributes:
+        t: the statistic.
+        df: degrees of freedom, for the interval.
+        scale: standard error of the mean difference, in standard deviations of a measurement.
+        test_df: degrees of freedom where mu is 0, for the p-value; `df` by default.
     """
 
     t: float
-    df: int
+    df: float
     scale: float
+    test_df: float | None = None
 
     def interval(self, level: float) -> tuple[float, float]:
         """Return the values of mu whose noncentral t has the observed t at its two tails (Hedges and Olkin 1985)."""
@@ -84,8 +92,8 @@ class NoncentralTLaw:
 
     def p(self, alternative: Alternative) -> float:
         """Return the p-value of Student's t test."""
-        below = float(special.stdtr(self.df, self.t))
-        above = float(special.stdtr(self.df, -self.t))
+        df = self.df if self.test_df is None else self.test_df
+        below, above = float(special.stdtr(df, self.t)), float(special.stdtr(df, -self.t))
         return tails(above, below, alternative)
 
 
@@ -96,7 +104,7 @@ _Values = NDArray[np.float64]
 _Distribution = Callable[[_Values, _Values], tuple[_Values, _Values]]
 
 
-def noncentrality(p: ArrayLike, df: float, t: ArrayLike) -> _Values:
+def noncentrality(p: ArrayLike, df: ArrayLike, t: ArrayLike) -> _Values:
     """Return the noncentrality delta for which P(T <= t) = p, elementwise.
 
     T = (Z + delta) / s with Z normal and s = chi_df / sqrt(df). P(T <= t) is E Phi(t s - delta) over s, or, where t s
@@ -105,17 +113,17 @@ def noncentrality(p: ArrayLike, df: float, t: ArrayLike) -> _Values:
     (scipy.special.nctdtrinc is off in the second digit for small t in SciPy 1.17.)
 
     Args:
-        p: probabilities in (0, 1), broadcast with t.
+        p: probabilities in (0, 1), broadcast with df and t.
         df: degrees of freedom, at least 2.
         t: observed t statistics.
 
     Returns:
         Noncentralities, in the broadcast shape.
     """
-    p, t = np.broadcast_arrays(np.asarray(p, dtype=np.float64), np.asarray(t, dtype=np.float64))
+    p, df, t = np.broadcast_arrays(*(np.asarray(values, dtype=np.float64) for values in (p, df, t)))
     # T <= t at delta is -T >= -t at -delta, so only t >= 0 is needed.
     target = special.ndtri(np.where(t < 0, 1 - p, p)).ravel()
-    size = np.abs(t).ravel()
+    size, df = np.abs(t).ravel(), df.ravel()
     sd = np.sqrt(1 + size**2 / (2 * df))
     wide = size > _WIDE * np.sqrt(2 * df)
     # Starts: Z - t s is nearly normal (Johnson and Welch 1940); for a large t the variation of s is all that matters.
@@ -124,9 +132,9 @@ def noncentrality(p: ArrayLike, df: float, t: ArrayLike) -> _Values:
         size * np.sqrt(special.chdtri(df, special.ndtr(target)) / df),
         size * (1 - 1 / (4 * df)) - target * sd,
     )
-    for chosen, distribution in ((~wide, _over_denominator(df)), (wide, _over_numerator(df))):
+    for chosen, distribution in ((~wide, _over_denominator), (wide, _over_numerator)):
         if chosen.any():
-            delta[chosen] = _newton(distribution, target[chosen], size[chosen], delta[chosen], sd[chosen])
+            delta[chosen] = _newton(distribution(df[chosen]), target[chosen], size[chosen], delta[chosen], sd[chosen])
     return np.where(t < 0, -1.0, 1.0) * delta.reshape(t.shape)
 
 
@@ -143,24 +151,27 @@ def _newton(distribution: _Distribution, target: _Values, t: _Values, delta: _Va
     return delta
 
 
-def _over_denominator(df: float) -> _Distribution:
+def _over_denominator(df: _Values) -> _Distribution:
     """Return P(T <= t) and -dP/d(delta) as integrals over s."""
+    df = df[:, None]
     half = _REACH / np.sqrt(2 * df)
-    low, high = max(1 - half, 1e-12), 1 + half
+    low, high = np.maximum(1 - half, 1e-12), 1 + half
     s = (low + high + (high - low) * _NODES) / 2
     log_density = (df - 1) * np.log(s) - df * (s**2 - 1) / 2
-    weights = _WEIGHTS * np.exp(log_density - log_density.max())
-    weights /= weights.sum()
+    weights = _WEIGHTS * np.exp(log_density - log_density.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
 
     def distribution(delta: _Values, t: _Values) -> tuple[_Values, _Values]:
         at = t[:, None] * s - delta[:, None]
-        return special.ndtr(at) @ weights, np.exp(-(at**2) / 2) @ weights / np.sqrt(2 * np.pi)
+        density = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
+        return (special.ndtr(at) * weights).sum(axis=1), (density * weights).sum(axis=1)
 
     return distribution
 
 
-def _over_numerator(df: float) -> _Distribution:
+def _over_numerator(df: _Values) -> _Distribution:
     """Return P(T <= t) and -dP/d(delta) as integrals over Z."""
+    df = df[:, None]
     z = _REACH * _NODES
     weights = _WEIGHTS * np.exp(-(z**2) / 2)
     weights /= weights.sum()

@@ -48,7 +48,9 @@ class Verification:
         predicted: from the recorded run; corrected for the choice where the subset was chosen by the run's estimates.
         measured: from retraining.
         measured_interval: 95 % interval of the measured μ.
-        runs: retrainings an arm so far.
+        means: mean of the measurement over trainings with the samples and without, in its own unit.
+        change_se: standard error of their difference.
+        runs: retrainings an arm so far, in pairs of one batch order.
         finished: whether no more retrainings are to come.
         truth: all measurements.
         recordings: recorded runs that the prediction is of.
@@ -61,6 +63,8 @@ class Verification:
     predicted: GaussianInfluence
     measured: GaussianInfluence
     measured_interval: tuple[float, float]
+    means: tuple[float, float]
+    change_se: float
     runs: int
     finished: bool
     truth: Truth
@@ -87,13 +91,16 @@ class Verification:
             else (f"{needed} {'retraining' if needed == 1 else 'retrainings'}")
         )
         source = "the recorded run" if self.recordings == 1 else f"{self.recordings} recorded runs"
-        predicted, measured = f"predicted from {source}", f"measured by {self.runs} + {self.runs} retrainings"
+        predicted, measured = f"predicted from {source}", f"measured by {self.runs} pairs of retrainings"
+        before, after = self.means
         return (
             f"influence of {self.size} samples on {self.query!r}\n"
             f"  {predicted:<36} μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to "
             f"{p_high:+.2f}\n"
             f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
-            f"  The two {verdict}. Retraining without these samples {raises} the measurement with probability "
+            f"  On average the measurement goes from {before:.4g} to {after:.4g}, {after - before:+.2g} ± "
+            f"{self.change_se:.1g} (standard error).\n"
+            f"  The two μ {verdict}. Retraining without these samples {raises} the measurement with probability "
             f"{chance_text(chance)}; telling it apart takes {per_arm} an arm (5 % level, 80 % power)."
         )
 
@@ -165,7 +172,7 @@ def verify(
     name: str = "subset",
     query: str | None = None,
     recipe: Recipe | None = None,
-    runs: int = 64,
+    runs: int = 32,
     precision: float | None = None,
     executor: ExecutorName | None = None,
     directory: str | os.PathLike[str] | None = None,
@@ -174,8 +181,9 @@ def verify(
     """Retrains in steps and yields the state after each, until the interval is narrow enough or the runs are done.
 
     Every retraining starts from the parameters that the recorded run started from: a recorded run's μ is conditional
-    on its initialisation. What is measured is kept in the run's verified.json. Of several runs as one, the prediction
-    is of all, and the first is the one that is trained again and keeps what was measured.
+    on its initialisation. They come in pairs, with the samples and without, of one batch order (see `retrain`). What is
+    measured is kept in the run's verified.json. Of several runs as one, the prediction is of all, and the first is the
+    one that is trained again and keeps what was measured.
 
     Args:
         run: a run recorded by `train`, or several as one.
@@ -184,7 +192,7 @@ def verify(
         name: of plain ids, for people.
         query: which query; may be left out where there is one.
         recipe: task, model, data and plan; rebuilt from the run's own entry where it is not given.
-        runs: retrainings an arm at most.
+        runs: pairs of retrainings at most.
         precision: width of the 95 % interval at which to stop; None for all runs.
         executor: of the retraining oracle; the recipe's own by default.
         directory: where retrainings are kept and found again; `verify` in the run's directory by default.
@@ -253,6 +261,8 @@ def verify(
                 predicted=ids.predicted,
                 measured=_estimate(frame),
                 measured_interval=(frame["ci_low"][0], frame["ci_high"][0]),
+                means=(frame["mean_with"][0], frame["mean_without"][0]),
+                change_se=frame["change_se"][0],
                 # earlier calls may have trained more than this one asked for
                 runs=min(frame["runs_with"][0], frame["runs_without"][0]),
                 finished=interim.reached or interim.runs >= runs,
@@ -318,6 +328,7 @@ def _record(run: Recorded, state: Verification, *, chosen: Chosen, digest: str) 
         "k": chosen.k,
         "predicted": {"mu": state.predicted.mu, "se": state.predicted.se},
         "measured": {"mu": state.measured.mu, "se": state.measured.se, "ci_low": low, "ci_high": high},
+        "means": list(state.means),
         "runs": state.runs,
         "recordings": recordings(run),
     }

@@ -14,6 +14,7 @@ from finfluence.influence.subsets import Ids, SampleIndex
 
 BASE = "base"
 TrainingBudget = Literal["steps", "epochs"]
+Orders = Literal["paired", "independent"]
 _RUN_STREAM = 0x0AC1E
 
 
@@ -74,11 +75,13 @@ def make_arms(subsets: Mapping[str, Ids], index: SampleIndex, batch_size: int) -
     return arms
 
 
-def run_seed(seed: int, arm: str, run: int) -> int:
-    """Seed of one training: a function of the experiment's seed, the arm and the run's index alone.
+def run_seed(seed: int, arm: str, run: int, *, orders: Orders = "paired") -> int:
+    """Seed of one training: a function of the experiment's seed, the run's index and, unless paired, the arm.
 
-    Arms are therefore independent of each other, and adding runs or subsets changes no training that was there.
+    Adding runs or subsets changes no training that was there.
     """
-    words = np.frombuffer(hashlib.sha256(arm.encode()).digest()[:16], dtype="<u4").tolist()
+    words: list[int] = []
+    if orders == "independent":
+        words = np.frombuffer(hashlib.sha256(arm.encode()).digest()[:16], dtype="<u4").tolist()
     state = np.random.SeedSequence([seed, _RUN_STREAM, *words, run]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

@@ -14,7 +14,7 @@ from torch import nn
 from finfluence.errors import InputError
 from finfluence.runs.data import Collate
 from finfluence.runs.engine import isolated_rng
-from finfluence.runs.oracle.arms import Arm, TrainingBudget
+from finfluence.runs.oracle.arms import Arm, Orders, TrainingBudget
 from finfluence.runs.plan import Plan
 from finfluence.runs.tasks import Task
 
@@ -59,6 +59,7 @@ class Problem:
         n: number of samples.
         initialisation: "fixed" (make_model(plan.seed) for every run) or "random" (make_model(the run's own seed)).
         budget: "steps" or "epochs".
+        orders: "paired" or "independent".
         measured: epochs after which queries are measured, ascending; the last is the end of training.
         collate: makes a batch of samples.
         device: where models are trained; None where make_model puts them.
@@ -74,6 +75,7 @@ class Problem:
     initialisation: Initialisation
     budget: TrainingBudget
     measured: tuple[float, ...]
+    orders: Orders = "paired"
     collate: Collate | None = None
     device: str | None = None
 

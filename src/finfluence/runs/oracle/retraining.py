@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from types import TracebackType
 from typing import Any, get_args
@@ -19,11 +18,11 @@ from finfluence.influence.subsets import Ids, SampleIndex
 from finfluence.runs.data import Collate, dataset_size, query_batches
 from finfluence.runs.oracle import fingerprint
 from finfluence.runs.oracle._progress import TrainingProgress
-from finfluence.runs.oracle.arms import BASE, TrainingBudget, make_arm, make_arms, run_seed
+from finfluence.runs.oracle.arms import BASE, Orders, TrainingBudget, make_arm, make_arms, run_seed
 from finfluence.runs.oracle.executors import Executor, ExecutorName, Session, make_executor
 from finfluence.runs.oracle.problem import Initialisation, Job, Outcome, Problem, fresh_model
 from finfluence.runs.oracle.store import TruthStore, check_queries
-from finfluence.runs.oracle.truth import LEAST_RUNS, Epoch, Truth, TruthEstimator
+from finfluence.runs.oracle.truth import Truth
 from finfluence.runs.plan import OptimizerConfig, Plan, Precision, Schedule
 from finfluence.runs.sampling import Sampler
 from finfluence.runs.tasks import Task
@@ -64,12 +63,14 @@ class Retraining:
         ids: Ids | None = None,
         measure_epochs: Sequence[float] = (),
         budget: TrainingBudget = "steps",
+        orders: Orders = "paired",
         collate: Collate | None = None,
         device: str | None = None,
         progress: bool = True,
     ) -> None:
         _check_choice("initialisation", initialisation, get_args(Initialisation))
         _check_choice("budget", budget, get_args(TrainingBudget))
+        _check_choice("orders", orders, get_args(Orders))
         self._executor = make_executor(executor)
         n = dataset_size(dataset)
         index = SampleIndex(n if ids is None else ids)
@@ -100,6 +101,7 @@ class Retraining:
             n=n,
             initialisation=initialisation,
             budget=budget,
+            orders=orders,
             measured=_measured(measure_epochs, epochs),
             collate=collate,
             device=device,
@@ -139,7 +141,7 @@ class Retraining:
         stored = self.store.trainings(names).filter(pl.col("status") == "finished")
         done = set(stored.select("arm", "run").iter_rows())
         jobs = [
-            Job(arm, run, run_seed(self.problem.plan.seed, arm, run))
+            Job(arm, run, run_seed(self.problem.plan.seed, arm, run, orders=self.problem.orders))
             for run in range(runs)
             for arm in self.problem.arms
             if (arm, run) not in done
@@ -219,6 +221,7 @@ def retrain(
     ids: Ids | None = None,
     measure_epochs: Sequence[float] = (),
     budget: TrainingBudget = "steps",
+    orders: Orders = "paired",
     collate: Collate | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -238,11 +241,13 @@ def retrain(
         epochs: passes over all n samples.
         batch_size: samples a step.
         directory: where trainings are stored; a path or an fsspec URL.
-        runs: trainings an arm. The standard error of mu is about sqrt(2/runs) sqrt(1 + mu^2/8).
+        runs: trainings an arm. The standard error of mu is about sqrt(2/runs) sqrt(1 - rho + mu^2 (1 + rho^2)/8), with
+            rho the correlation of paired measurements (0 for independent orders).
         initialisation: "fixed" starts every run from make_model(seed), "random" gives each run a seed of its own.
         executor: "ensemble" (small models, many at once), "processes" (any task), "ray" (a cluster), or an `Ensemble`,
             `Processes` or `Ray` with options.
-        seed: every training's randomness is a function of it, of what the arm removes and of the run's index.
+        seed: every training's randomness is a function of it, of the run's index and, with independent orders, of what
+            the arm removes.
         sampler: how batches are drawn; shuffled by default.
         schedule: of the learning rate; constant by default.
         clip_norm: as in `Plan`.
@@ -252,6 +257,10 @@ def retrain(
         measure_epochs: epochs after which queries are measured besides the last, whole or not.
         budget: "steps" trains every arm for as many optimizer steps as the base arm (other samples take the place of
             the removed ones, which is what one-run estimates of influence assume); "epochs" for as many epochs.
+        orders: "paired": the k-th training of every arm has one seed, so the batch order of the k-th training with all
+            samples less those removed, and the same initial parameters where they are random. No arm's law changes;
+            what a pair has in common drops out of the difference of their measurements. "independent": a seed for
+            every training.
         collate: makes a batch of samples; torch's default_collate where None.
         device: where models are trained, e.g. "cuda"; None where make_model puts them.
         progress: whether a line and a bar are shown on stderr.
@@ -284,84 +293,12 @@ def retrain(
         ids=ids,
         measure_epochs=measure_epochs,
         budget=budget,
+        orders=orders,
         collate=collate,
         device=device,
         progress=progress,
     ) as experiment:
         return experiment.extend(runs)
-
-
-@dataclass(frozen=True)
-class Interim:
-    """Where a sequential experiment stands.
-
-    Attributes:
-        runs: trainings an arm so far.
-        truth: all measurements so far.
-        influence: `Truth.influence` of the query in question.
-        width: of the widest interval of mu; infinite while one is missing.
-        reached: whether `width` is at most the precision asked for.
-    """
-
-    runs: int
-    truth: Truth
-    influence: pl.DataFrame
-    width: float
-    reached: bool
-
-
-def retrain_until(
-    experiment: Retraining,
-    query: str,
-    *,
-    precision: float,
-    runs: int = 128,
-    step_runs: int = 16,
-    estimator: TruthEstimator = "gaussian",
-    level: float = 0.95,
-    epoch: Epoch = None,
-) -> Iterator[Interim]:
-    """Retrains in steps until the intervals of mu are narrow enough.
-
-    The width of an interval hardly depends on mu's value, so stopping by width leaves estimates and intervals as good
-    as those of a number of runs fixed beforehand (stopping when mu is significant would not).
-
-    Args:
-        experiment: what to train.
-        query: whose influence must become precise.
-        precision: largest width of an interval of mu, in standard deviations; it takes about 30 / precision^2 runs.
-        runs: where to stop at the latest.
-        step_runs: runs added to each arm between two looks.
-        estimator: see `Truth.influence`.
-        level: of the intervals.
-        epoch: see `Truth.influence`.
-
-    Yields:
-        The state after each step; the last one has `reached`, or `runs` runs.
-
-    Raises:
-        InputError: an argument cannot be used.
-        OracleError: see `retrain` and `Truth.influence`.
-    """
-    if query not in experiment.problem.queries:
-        raise InputError(f"unknown query {query!r}; this experiment has {', '.join(experiment.problem.queries)}")
-    if not precision > 0:
-        raise InputError(f"precision must be positive, got {precision!r}")
-    if runs < LEAST_RUNS or step_runs < 1:
-        raise InputError(f"runs must be at least {LEAST_RUNS} and step_runs at least 1, got {runs} and {step_runs}")
-    done = 0
-    while done < runs:
-        done = min(runs, max(LEAST_RUNS, done + step_runs))
-        truth = experiment.extend(done)
-        # the directory may hold subsets of earlier experiments, which are not this one's business
-        names = list(experiment.subset_names)
-        found = truth.influence(query, estimator=estimator, level=level, epoch=epoch)
-        influence = found.filter(pl.col("subset").is_in(names))
-        widths = (influence["ci_high"] - influence["ci_low"]).fill_null(float("inf"))
-        width = float(widths.to_numpy().max())
-        yield Interim(done, truth, influence, width, width <= precision)
-        if width <= precision:
-            return
 
 
 def _measured(measure_epochs: Sequence[float], epochs: int) -> tuple[float, ...]:
@@ -379,6 +316,7 @@ def _experiment(problem: Problem) -> dict[str, Any]:
         "n": problem.n,
         "initialisation": problem.initialisation,
         "budget": problem.budget,
+        "orders": problem.orders,
         "measured_epochs": list(problem.measured),
         "queries": {name: fingerprint.of_batch(batch) for name, batch in problem.queries.items()},
         "dataset": fingerprint.of_dataset(problem.dataset, problem.n, problem.collate),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -36,6 +37,9 @@ _SCHEMA = {
     "missing": pl.Int64,
     "normality_p": pl.Float64,
     "variance_ratio_p": pl.Float64,
+    "mean_with": pl.Float64,
+    "mean_without": pl.Float64,
+    "change_se": pl.Float64,
 }
 
 
@@ -44,11 +48,19 @@ class Losses(NamedTuple):
 
     Attributes:
         trained_with: (runs_with,) of the base arm, in the order of runs.
-        trained_without: (runs_without,) of the arm without the subset.
+        trained_without: (runs_without,) of the arm without the subset. With paired orders the k-th values of both are a
+            pair: runs that only one arm has finished are left out.
     """
 
     trained_with: np.ndarray
     trained_without: np.ndarray
+
+
+class _Arm(NamedTuple):
+    """An arm's finished trainings: (runs,) their indices, ascending, and (queries, runs) measurements."""
+
+    runs: np.ndarray
+    values: np.ndarray
 
 
 class Truth:
@@ -62,6 +74,7 @@ class Truth:
         queries: names of the queries.
         subsets: sample ids of each subset, by name.
         epochs: epochs after which the queries were measured; the last is the end of training.
+        paired: whether the k-th trainings of all arms have one batch order, see `retrain`.
     """
 
     def __init__(self, manifest: dict[str, Any], trainings: pl.DataFrame) -> None:
@@ -70,8 +83,10 @@ class Truth:
         self.epochs: list[float] = list(self.experiment["measured_epochs"])
         self.subsets: dict[str, np.ndarray] = {name: np.asarray(s["ids"]) for name, s in manifest["subsets"].items()}
         self._arms = {name: str(s["arm"]) for name, s in manifest["subsets"].items()}
+        # experiments of before this was a choice had independent orders
+        self.paired = self.experiment.get("orders", "independent") == "paired"
         self._trainings = trainings
-        self._values: dict[tuple[str, float | str], np.ndarray] = {}
+        self._values: dict[tuple[str, float | str], _Arm] = {}
 
     def __repr__(self) -> str:
         size = f"{len(self.subsets)} subsets, {len(self.queries)} queries"
@@ -84,15 +99,17 @@ class Truth:
 
         Args:
             query: name of the query.
-            estimator: "gaussian" (mean difference over pooled sd) or "rank" (sqrt(2) Phi^-1(AUC)); see `compare`.
+            estimator: "gaussian" (mean difference over pooled sd) or "rank" (sqrt(2) Phi^-1(AUC), which has no use for
+                pairs); see `compare`.
             level: of the intervals.
             epoch: one of `epochs`, "mean" for the mean of the measurements after each, None for the end of training.
 
         Returns:
             One row a subset: subset, size, mu, se, ci_low, ci_high, p_value, q_value (Benjamini-Hochberg over subsets),
-            runs_with, runs_without, missing, normality_p, variance_ratio_p. Where an arm has fewer than 4 finished
-            runs, mu and what follows from it are null and `missing` says how many trainings are wanted (0 elsewhere).
-            mu > 0: the subset supports the measured behaviour.
+            runs_with, runs_without, missing, normality_p, variance_ratio_p; and, in the measurement's own unit, the
+            arms' means, mean_with and mean_without, and the standard error of their difference, change_se. Where fewer
+            than 4 runs of an arm (4 pairs) are finished, mu and what follows from it are null and `missing` says how
+            many trainings are wanted (0 elsewhere). mu > 0: the subset supports the measured behaviour.
 
         Raises:
             InputError: unknown query, estimator or epoch.
@@ -108,13 +125,14 @@ class Truth:
                 "size": len(ids),
                 "runs_with": len(p),
                 "runs_without": len(q),
-                "missing": _missing(p) + _missing(q),
+                "missing": self._wanted(self._arms[name]),
             }
             if row["missing"] == 0:
                 self._check_variation(query, p, q)
-                found = compare(p, q, estimator=estimator)
+                found = compare(p, q, estimator=estimator, paired=self.paired and estimator == "gaussian")
                 low, high = found.interval(level)
                 row |= {"mu": found.mu, "se": found.se, "ci_low": low, "ci_high": high, "p_value": found.p_value}
+                row |= {"mean_with": p.mean(), "mean_without": q.mean(), "change_se": self._change_error(p, q)}
                 if min(np.ptp(p), np.ptp(q)) > _ROUNDING * np.abs(p).max():
                     looks = gaussianity(p, q)
                     row |= {"normality_p": looks.normality_p, "variance_ratio_p": looks.variance_p}
@@ -131,6 +149,7 @@ class Truth:
             level=level,
             unit="standard deviations over retrainings",
             budget=self.experiment["budget"],
+            orders="paired" if self.paired else "independent",
             epoch=self._epoch(epoch),
             condition=(
                 "conditional on the initialisation"
@@ -146,7 +165,8 @@ class Truth:
             InputError: unknown query, subset or epoch.
         """
         column = self._columns([query])[0]
-        return Losses(self._arm(BASE, epoch)[column], self._arm(self._arm_of(subset), epoch)[column])
+        p, q = self._both(self._arm_of(subset), epoch)
+        return Losses(p[column], q[column])
 
     def tradeoff_curve(self, query: str, subset: str) -> TradeoffCurve:
         """The empirical trade-off function T(P, Q) of a subset; see `finfluence.tradeoff.tradeoff_curve`.
@@ -201,7 +221,7 @@ class Truth:
 
     def runs(self, subset: str | None) -> int:
         """Number of finished trainings without a subset (None: with all samples)."""
-        return self._arm(BASE if subset is None else self._arm_of(subset), None).shape[1]
+        return len(self._arm(BASE if subset is None else self._arm_of(subset), None).runs)
 
     def failed(self) -> pl.DataFrame:
         """Trainings that failed: subset (null for the base arm), arm, run, seed, error, seconds."""
@@ -217,18 +237,36 @@ class Truth:
         columns = self._columns(names)
         mu = np.full((len(names), len(self._arms)), np.nan)
         se = np.full_like(mu, np.nan)
-        p = self._arm(BASE, epoch)[columns][:, part]
         for j, arm in enumerate(self._arms.values()):
-            q = self._arm(arm, epoch)[columns][:, part]
+            p, q = (values[columns][:, part] for values in self._both(arm, epoch))
             if not _missing(p) and not _missing(q):
                 for row, name in enumerate(names):
                     self._check_variation(name, p[row], q[row])
-                found = gaussian_estimates(p, q)
+                found = gaussian_estimates(p, q, paired=self.paired)
                 mu[:, j], se[:, j] = found.mu, found.se
         return mu, se
 
-    def _arm(self, arm: str, epoch: Epoch) -> np.ndarray:
-        """(queries, runs) measurements of an arm's finished trainings."""
+    def _both(self, arm: str, epoch: Epoch) -> tuple[np.ndarray, np.ndarray]:
+        """Measurements of the base arm and of another one, each (queries, runs); of pairs those that both have."""
+        base, other = self._arm(BASE, epoch), self._arm(arm, epoch)
+        if not self.paired:
+            return base.values, other.values
+        _, first, second = np.intersect1d(base.runs, other.runs, assume_unique=True, return_indices=True)
+        return base.values[:, first], other.values[:, second]
+
+    def _change_error(self, p: np.ndarray, q: np.ndarray) -> float:
+        """Standard error of the difference of two arms' means."""
+        if self.paired:
+            return float(np.std(q - p, ddof=1)) / math.sqrt(len(p))
+        return math.sqrt(p.var(ddof=1) / len(p) + q.var(ddof=1) / len(q))
+
+    def _wanted(self, arm: str) -> int:
+        """How many trainings are missing before an arm can be compared with the base arm."""
+        alone = _missing(self._arm(BASE, None).values) + _missing(self._arm(arm, None).values)
+        return alone or _missing(self._both(arm, None)[0])
+
+    def _arm(self, arm: str, epoch: Epoch) -> _Arm:
+        """An arm's finished trainings."""
         key = (arm, self._epoch(epoch))
         if key not in self._values:
             own = self._trainings.filter((pl.col("arm") == arm) & (pl.col("status") == "finished"))
@@ -236,7 +274,8 @@ class Truth:
                 own = own.group_by("run").agg(pl.col(self.queries).mean())
             else:
                 own = own.filter(pl.col("epoch") == key[1])
-            self._values[key] = own.sort("run").select(self.queries).to_numpy().T
+            own = own.sort("run")
+            self._values[key] = _Arm(own["run"].to_numpy(), own.select(self.queries).to_numpy().T)
         return self._values[key]
 
     def _epoch(self, epoch: Epoch) -> float | Literal["mean"]:

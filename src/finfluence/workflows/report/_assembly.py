@@ -242,13 +242,14 @@ def _verified(run: Recorded, query: str) -> dict[str, Any] | None:
         ),
         "chart": charts.verified_chart(rows),
         "caption": "Predicted and measured influence of verified subsets",
-        "titles": ["subset", "samples", "predicted μ", "measured μ", "retrainings an arm"],
+        "titles": ["subset", "samples", "predicted μ", "measured μ", "mean with → without", "pairs of retrainings"],
         "table": [
             [
                 row["name"],
                 f"{row['size']:,}",
                 f"{_signed(row['predicted'])} ({_interval(row['predicted_low'], row['predicted_high'])})",
                 f"{_signed(row['measured'])} ({_interval(row['measured_low'], row['measured_high'])})",
+                row["means"],
                 f"{row['runs']:,}",
             ]
             for row in rows
@@ -264,6 +265,7 @@ def _verified_row(entry: dict[str, Any]) -> dict[str, Any]:
         "name": str(entry["name"]),
         "size": int(entry["size"]),
         "runs": int(entry["runs"]),
+        "means": " → ".join(f"{float(mean):.4g}" for mean in entry.get("means", ())),
         "predicted": predicted.mu,
         "predicted_low": low,
         "predicted_high": high,

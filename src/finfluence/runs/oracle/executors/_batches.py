@@ -35,7 +35,7 @@ class BatchOrders:
 
     def __init__(self, problem: Problem, jobs: Sequence[Job], *, dtype: type[np.floating] = np.float32) -> None:
         self.dtype = dtype
-        self.jobs, self.plan = list(jobs), problem.plan
+        self.jobs, self.plan, self.n = list(jobs), problem.plan, problem.n
         kept = {arm: problem.arms[arm].kept(problem.n) for arm in {job.arm for job in jobs}}
         self.kept = [kept[job.arm] for job in self.jobs]
         self.population = [problem.population(job.arm) for job in self.jobs]
@@ -68,10 +68,11 @@ class BatchOrders:
         kept, per_epoch = self.kept[m], self.per_epoch[m]
         for epoch in range(start // per_epoch, -(-stop // per_epoch)):
             batches = self.plan.sampler.epoch(
-                len(kept),
+                self.n,
                 self.plan.batch_size,
                 seed=self.jobs[m].seed,
                 epoch=epoch,
+                kept=kept,
                 population=self.population[m],
             )
             first = max(start, epoch * per_epoch)
@@ -80,7 +81,7 @@ class BatchOrders:
             counts = [len(batch) for batch in batches]
             if max(counts) > rows.shape[2]:
                 rows = np.pad(rows, ((0, 0), (0, 0), (0, max(counts) - rows.shape[2])))
-            samples, target = kept[np.concatenate(batches)], rows[first - start : last - start, m]
+            samples, target = np.concatenate(batches), rows[first - start : last - start, m]
             width, full = rows.shape[2], len(counts) - (counts[-1] != rows.shape[2])
             if min(counts[:full], default=width) == width:
                 target[:full] = samples[: full * width].reshape(full, width)
