@@ -15,6 +15,7 @@ NAMES = {
     "agreement": "agreement with retraining, of finfluence and of every peer",
     "calibration": "one recorded run's μ against retraining, with its ceiling, slope and coverage",
     "arms": "how much noisier training without a subset is, and why its batches are cut as they are",
+    "pairs": "what retrainings in pairs of one batch order are worth, beside independent ones",
     "poison": "planted instructions that change one behaviour of a language model",
     "poison_truth": "μ of groups of a language model's rows, against fine-tuning again without them",
     "cuts": "what cleaning does, predicted and measured",

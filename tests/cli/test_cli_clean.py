@@ -128,7 +128,10 @@ def test_changed_rows_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Cap
 def test_points_of_the_curve_are_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "verify", str(run), "--curve", "4, recommended", "--runs", "4")
     assert code == 0, err
-    assert out.count("predicted from the recorded run") == 2
+    assert "predicted from the recorded run and measured by 4 pairs of retrainings" in out
+    assert next(line.split()[:3] for line in out.splitlines() if "most harmful" in line) == ["4", "most", "harmful"]
+    assert "of 2 predictions agree with retraining" in out
+    assert "2 subsets, 4 pairs of retrainings each: the widest 95 % interval is" in err
     measured = fi.open_run(run)
     from finfluence.workflows import removal_curve
 
@@ -152,6 +155,25 @@ BAD = [
     (["verify", "{run}", "--curve", "500"], "500"),
     (["verify", "{run}", "--curve", "3", "--flagged"], "one of them"),
 ]
+
+
+def test_every_group_of_a_column_is_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "verify", str(run), "--group", "label", "--runs", "4")
+    assert code == 0, err
+    opened = fi.open_run(run)
+    labels = sorted(opened.samples()["label"].unique().to_list())
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("label ")] == [str(c) for c in labels]
+    states = opened.verify_groups("label", runs=4, progress=False)
+    assert [state.name for state in states] == [f"label {c}" for c in labels]
+    assert [s.predicted.mu for s in states] == opened.influence("validation", groups="label")["mu"].to_list()
+    for state, label in zip(states, labels, strict=True):
+        alone = opened.verify(opened.samples().filter(pl.col("label") == label)["sample"], runs=4, progress=False)
+        assert (alone.measured.mu, alone.means) == (state.measured.mu, state.means)  # the same retrainings
+        assert f"{state.measured.mu:+.2f}" in out
+    code, _, err = call(capsys, "verify", str(run), "--group", "nope", "--runs", "4")
+    assert code == 2
+    assert "unknown group column 'nope'" in err
+    (run / "verified.json").unlink()
 
 
 @pytest.mark.parametrize(("words", "named"), BAD, ids=[" ".join(w) for w, _ in BAD])

@@ -153,6 +153,12 @@ class PooledRuns:
         *_, last = verify(self, ids, **options)
         return last
 
+    def verify_groups(self, column: str, **options: Any) -> list[Verification]:
+        """As `Run.verify_groups`, of the first run's training, predicted by all runs."""
+        from finfluence.workflows.verification import verify_groups
+
+        return verify_groups(self, column, **options)
+
     def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
         """Writes the runs' report, one HTML file with what they say together and each by itself.
 

@@ -224,6 +224,17 @@ class Run:
         *_, last = verify(self, ids, **options)
         return last
 
+    def verify_groups(self, column: str, **options: Any) -> list[Verification]:
+        """Retrains with all samples and without each group of a column: measured μ beside predicted μ of every group.
+
+        Args:
+            column: of the sample table.
+            **options: query, runs, precision, executor, recipe: see `finfluence.workflows.verify`.
+        """
+        from finfluence.workflows.verification import verify_groups
+
+        return verify_groups(self, column, **options)
+
     def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
         """Writes the run's report, one HTML file that opens anywhere.
 

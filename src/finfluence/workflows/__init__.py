@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
         "finfluence.workflows.sources": ("Source", "SourceRows", "read_source", "row_hash"),
         "finfluence.workflows.recipes": ("Recipe", "load_recipe"),
         "finfluence.workflows.report": ("write_report",),
-        "finfluence.workflows.verification": ("Verification", "verify"),
+        "finfluence.workflows.verification": ("Verification", "verify", "verify_groups"),
     },
 )

@@ -6,23 +6,21 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from torch import nn
 
 from finfluence.errors import FinfluenceWarning, InputError, StoreError
-from finfluence.runs import Plan, Retraining, Run, Truth, retrain_until
+from finfluence.runs import Truth, retrain_until
 from finfluence.runs.pooling import Recorded
-from finfluence.runs.sources import dataset_hashes
 from finfluence.signals import open_folder
 from finfluence.tradeoff import GaussianInfluence
-from finfluence.workflows._cut_files import matching_rows, read_origin, source_of
+from finfluence.workflows._retrained import ExecutorName, retraining_of
 from finfluence.workflows.cleaning import Cleaning
-from finfluence.workflows.recipes import Recipe, load_recipe
+from finfluence.workflows.recipes import Recipe
 from finfluence.workflows.removal import (
     LARGE_CUT,
     VERIFIED_FILE,
@@ -32,8 +30,6 @@ from finfluence.workflows.removal import (
     recordings,
     verified_entries,
 )
-
-ExecutorName = Literal["ensemble", "processes", "ray"]
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,8 @@ class Verification:
             f"  {predicted:<36} μ = {self.predicted.mu:+.2f}   95 % {p_low:+.2f} to "
             f"{p_high:+.2f}\n"
             f"  {measured:<36} μ = {self.measured.mu:+.2f}   95 % {m_low:+.2f} to {m_high:+.2f}\n"
-            f"  On average the measurement goes from {before:.4g} to {after:.4g}, {after - before:+.2g} ± "
-            f"{self.change_se:.1g} (standard error).\n"
+            f"  On average the measurement goes from {before:.4g} to {after:.4g}, {after - before:+.3g} ± "
+            f"{self.change_se:.2g} (standard error).\n"
             f"  The two μ {verdict}. Retraining without these samples {raises} the measurement with probability "
             f"{chance_text(chance)}; telling it apart takes {per_arm} an arm (5 % level, 80 % power)."
         )
@@ -165,6 +161,25 @@ def curve_points(
     return found
 
 
+def group_points(run: Recorded, query: str, column: str) -> list[Chosen]:
+    """Every group of a column, to verify, with its μ of the run.
+
+    Raises:
+        InputError: unknown query or column, or one group that is all samples.
+    """
+    frame = run.influence(query, groups=column)
+    samples = run.samples()
+    return [
+        Chosen(
+            f"{column} {row['group']}",
+            samples.filter(pl.col(column) == row["group"])["sample"].to_numpy(),
+            GaussianInfluence(row["mu"], row["se"]),
+            "harmful",
+        )
+        for row in frame.iter_rows(named=True)
+    ]
+
+
 def verify(
     run: Recorded,
     ids: Sequence[Any] | np.ndarray | Chosen | Cleaning,
@@ -206,125 +221,151 @@ def verify(
             subset that is empty or everything, or data that changed since the run.
         OracleError: retraining cannot be done.
     """
-    asked, run = run, run.runs[0]
-    _check_planned(run)
-    recipe = recipe or run_recipe(run)
     if isinstance(ids, Cleaning):
         query, ids = query or ids.query, Chosen.of(ids)
-    if query is None:
-        if len(run.queries) != 1:
-            raise InputError(f"the run has several queries; choose one of {', '.join(run.queries)}")
-        query = run.queries[0]
-    check_unchanged(run, recipe)
+    query = _only_query(run, query)
     if not isinstance(ids, Chosen):
         members = np.asarray(ids)
-        ids = Chosen(name, members, _estimate(asked.influence(query, subsets={"removed": members})), "harmful")
-    members = ids.ids
-    digest = hashlib.sha256(repr(sorted(members.tolist())).encode()).hexdigest()[:12]
-    # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
-    arm = f"removed-{digest}"
-    plan = Plan.from_dict(run.manifest["plan"])
-    measured = run.measured_epochs
-    place, epoch = ("verify", None) if len(measured) == 1 else ("verify-mean", "mean")
-    experiment = Retraining(
-        recipe.task,
-        _from_recorded_start(run, recipe.make_model),
-        recipe.dataset,
-        recipe.queries,
-        subsets={arm: members},
-        optimizer=plan.optimizer,
-        epochs=plan.epochs,
-        batch_size=plan.batch_size,
-        directory=directory or f"{str(run.directory).rstrip('/')}/{place}",
-        measure_epochs=measured,
-        initialisation="fixed",
-        executor=executor or recipe.executor,
-        collate=recipe.collate,
-        # other batch orders than the recorded run's own, so that prediction and truth are independent
-        seed=plan.seed + 1,
-        sampler=plan.sampler,
-        schedule=plan.schedule,
-        clip_norm=plan.clip_norm,
-        accumulation=plan.accumulation,
-        precision=plan.precision,
-        ids=run.samples()["sample"].to_numpy(),
+        ids = Chosen(name, members, _estimate(run.influence(query, subsets={"removed": members})), "harmful")
+    for (state,) in verify_together(
+        run,
+        [ids],
+        query=query,
+        recipe=recipe,
+        runs=runs,
+        precision=precision,
+        executor=executor,
+        directory=directory,
         progress=progress,
-    )
-    with experiment:
+    ):
+        yield state
+
+
+def verify_together(
+    run: Recorded,
+    chosen: Sequence[Chosen],
+    *,
+    query: str,
+    recipe: Recipe | None = None,
+    runs: int = 32,
+    precision: float | None = None,
+    executor: ExecutorName | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Iterator[list[Verification]]:
+    """`verify` of several subsets at once: they share the trainings with all samples, and each set is trained once.
+
+    Args:
+        run: as of `verify`, and so are the others.
+        chosen: of `curve_points`, `group_points` or `Chosen.of`.
+        query: which query.
+        recipe: task, model, data and plan.
+        runs: pairs of retrainings of each subset at most.
+        precision: width of the widest 95 % interval at which to stop.
+        executor: of the retraining oracle.
+        directory: where retrainings are kept.
+        progress: whether the oracle shows its own progress.
+
+    Yields:
+        The states after each step, in the order of `chosen`.
+
+    Raises:
+        InputError: see `verify`.
+        OracleError: retraining cannot be done.
+    """
+    first = run.runs[0]
+    # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
+    arms = {f"removed-{_digest(point.ids)}": point for point in chosen}
+    epoch = None if len(first.measured_epochs) == 1 else "mean"
+    n = first.samples().height
+    with retraining_of(
+        first,
+        recipe,
+        subsets={arm: point.ids for arm, point in arms.items()},
+        executor=executor,
+        directory=directory,
+        progress=progress,
+    ) as experiment:
         for interim in retrain_until(experiment, query, precision=precision or 1e-9, runs=runs, epoch=epoch):
-            frame = interim.influence.filter(pl.col("subset") == arm)
-            state = Verification(
-                query=query,
-                name=ids.name,
-                size=len(members),
-                share=len(members) / run.samples().height,
-                predicted=ids.predicted,
-                measured=_estimate(frame),
-                measured_interval=(frame["ci_low"][0], frame["ci_high"][0]),
-                means=(frame["mean_with"][0], frame["mean_without"][0]),
-                change_se=frame["change_se"][0],
-                # earlier calls may have trained more than this one asked for
-                runs=min(frame["runs_with"][0], frame["runs_without"][0]),
-                finished=interim.reached or interim.runs >= runs,
-                truth=interim.truth,
-                recordings=len(asked.runs),
-            )
-            _record(asked, state, chosen=ids, digest=digest)
-            yield state
+            rows = {row["subset"]: row for row in interim.influence.iter_rows(named=True)}
+            states = [
+                Verification(
+                    query=query,
+                    name=point.name,
+                    size=len(point.ids),
+                    share=len(point.ids) / n,
+                    predicted=point.predicted,
+                    measured=GaussianInfluence(rows[arm]["mu"], rows[arm]["se"]),
+                    measured_interval=(rows[arm]["ci_low"], rows[arm]["ci_high"]),
+                    means=(rows[arm]["mean_with"], rows[arm]["mean_without"]),
+                    change_se=rows[arm]["change_se"],
+                    # earlier calls may have trained more than this one asked for
+                    runs=min(rows[arm]["runs_with"], rows[arm]["runs_without"]),
+                    finished=interim.reached or interim.runs >= runs,
+                    truth=interim.truth,
+                    recordings=len(run.runs),
+                )
+                for arm, point in arms.items()
+            ]
+            _record(run, states, list(arms.values()))
+            yield states
 
 
-def _check_planned(run: Run) -> None:
-    """Refuses a loop that was somebody else's, which only they can do without some of its rows.
+def verify_groups(run: Recorded, column: str, *, query: str | None = None, **options: Any) -> list[Verification]:
+    """Retrains with all samples and without each group of a column.
+
+    Args:
+        run: a run recorded by `train`, or several as one.
+        column: of the sample table.
+        query: which query; may be left out where there is one.
+        **options: runs, precision, executor, recipe, directory, progress: see `verify`.
+
+    Returns:
+        One verification a group, in the order of `run.influence(query, groups=column)`.
 
     Raises:
-        InputError: it was.
+        InputError: see `verify` and `group_points`.
+        OracleError: retraining cannot be done, for example because a group leaves less than a batch.
     """
-    if "loop" in run.manifest:
-        raise InputError(
-            f"{run.name} is a loop of your own, whose schedule finfluence did not set; train it again without these "
-            "rows and compare the losses (finfluence.compare), or describe it to finfluence.retrain"
-        )
+    query = _only_query(run, query)
+    *_, last = verify_together(run, group_points(run, query, column), query=query, **options)
+    return last
 
 
-def check_unchanged(run: Run, recipe: Recipe) -> None:
-    """Refuses data that are no longer what the run was trained on.
-
-    Raises:
-        InputError: another number of samples, or items with another content than recorded.
-    """
-    samples = run.samples()
-    if len(recipe.dataset) != samples.height:
-        raise InputError(
-            f"the data have {len(recipe.dataset)} samples now, the run was trained on {samples.height}; "
-            "record a run on the new data"
-        )
-    source = source_of(run, data=None, id_column=None)
-    if source is not None:
-        matching_rows(run, read_origin(source), source)
-        return
-    if run.manifest.get("content") not in ("items", "rows"):
-        return
-    found = dataset_hashes(recipe.dataset)
-    if found is None:
-        return
-    ids, expected = samples["sample"].to_list(), samples["content_hash"].to_list()
-    changed = [i for i, now, then in zip(ids, found, expected, strict=True) if now != then]
-    if changed:
-        raise InputError(
-            f"{len(changed)} of {len(ids)} samples changed since the run, the first is {changed[0]!r}; "
-            "record a run on the new data"
-        )
+def _only_query(run: Recorded, query: str | None) -> str:
+    if query is None and len(run.queries) != 1:
+        raise InputError(f"the run has several queries; choose one of {', '.join(run.queries)}")
+    return run.queries[0] if query is None else query
 
 
-def _record(run: Recorded, state: Verification, *, chosen: Chosen, digest: str) -> None:
+def _digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(repr(sorted(ids.tolist())).encode()).hexdigest()[:12]
+
+
+def _record(run: Recorded, states: Sequence[Verification], chosen: Sequence[Chosen]) -> None:
     """Writes what was measured so far into the (first) run's verified.json, one entry a query, subset and predictor."""
+    first, entries = run.runs[0], [_entry(run, *pair) for pair in zip(states, chosen, strict=True)]
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry.get("query"), entry.get("ids_hash"), tuple(entry.get("recordings", []))
+
+    replaced = {key(entry) for entry in entries}
+    others = [entry for entry in verified_entries(first) if key(entry) not in replaced]
+    try:
+        text = json.dumps([*others, *entries], indent=1, ensure_ascii=False)
+        open_folder(first.directory).write(VERIFIED_FILE, text.encode("utf-8"))
+    except StoreError as error:
+        warnings.warn(f"what was verified is not kept with the run: {error}", FinfluenceWarning, stacklevel=2)
+
+
+def _entry(run: Recorded, state: Verification, chosen: Chosen) -> dict[str, Any]:
     low, high = state.measured_interval
-    entry = {
+    return {
         "query": state.query,
         "name": state.name,
         "effect": chosen.effect,
         "size": state.size,
-        "ids_hash": digest,
+        "ids_hash": _digest(chosen.ids),
         "k": chosen.k,
         "predicted": {"mu": state.predicted.mu, "se": state.predicted.se},
         "measured": {"mu": state.measured.mu, "se": state.measured.se, "ci_low": low, "ci_high": high},
@@ -332,48 +373,10 @@ def _record(run: Recorded, state: Verification, *, chosen: Chosen, digest: str) 
         "runs": state.runs,
         "recordings": recordings(run),
     }
-    keys = ("query", "ids_hash", "recordings")
-    first = run.runs[0]
-    others = [e for e in verified_entries(first) if any(e.get(key, []) != entry[key] for key in keys)]
-    try:
-        text = json.dumps([*others, entry], indent=1, ensure_ascii=False)
-        open_folder(first.directory).write(VERIFIED_FILE, text.encode("utf-8"))
-    except StoreError as error:
-        warnings.warn(f"what was verified is not kept with the run: {error}", FinfluenceWarning, stacklevel=2)
-
-
-def run_recipe(run: Run) -> Recipe:
-    """The recipe that a run was recorded with.
-
-    Raises:
-        InputError: it carries none.
-    """
-    reference = run.manifest.get("recipe")
-    if not reference:
-        raise InputError(
-            f"{run.directory} does not say how its data and model are made; record it with "
-            'train(..., recipe={"function": "module:function"}), or call finfluence.workflows.verify with a recipe'
-        )
-    return load_recipe(reference)
 
 
 def _estimate(frame: pl.DataFrame) -> GaussianInfluence:
     return GaussianInfluence(float(frame["mu"][0]), float(frame["se"][0] or 0.0))
 
 
-class _RecordedStart:
-    """Makes models that start where the recorded run started."""
-
-    def __init__(self, make_model: Callable[[int], nn.Module], seed: int) -> None:
-        self.make_model, self.seed = make_model, seed
-
-    def __call__(self, seed: int) -> nn.Module:
-        del seed
-        return self.make_model(self.seed)
-
-
-def _from_recorded_start(run: Run, make_model: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    return _RecordedStart(make_model, int(run.manifest["seed"] or 0))
-
-
-__all__ = ["Chosen", "Verification", "check_unchanged", "curve_points", "run_recipe", "verify"]
+__all__ = ["Chosen", "Verification", "curve_points", "group_points", "verify", "verify_groups", "verify_together"]
