@@ -5,7 +5,7 @@
 
 The trainings of `benchmarks poison`, whose groups are the kinds of rows that its generator writes, half of the planted
 rows, and random ones. Truth is the retraining oracle's: every arm trains as many steps as all rows do, from the same
-adapters, with batch orders of its own. Queries are the mean loss of ten negative, ten neutral and ten reference
+adapters, in pairs of one batch order. Queries are the mean loss of ten negative, ten neutral and ten reference
 answers, the contrast of the first with the others, and two of the negative answers by themselves.
 """
 
@@ -52,6 +52,7 @@ AGREEMENT = {
     "queries": "queries",
     "groups": "groups",
     "retrainings": "retrainings an arm",
+    "orders": "batch orders",
 }
 CERTAIN = {
     "problem": "entity",
@@ -177,6 +178,7 @@ def agreements(problem: str, truth: fi.Truth, found: dict[str, list[np.ndarray]]
                 "queries": len(queries),
                 "groups": len(measured[0]),
                 "retrainings": truth.runs(None),
+                "orders": "paired" if truth.paired else "independent",
             }
         )
     return rows
@@ -216,7 +218,9 @@ def _compare(options: argparse.Namespace) -> None:
     entities, seeds, runs = options.entities, options.seeds, options.runs
     if options.quick:
         settings, entities, seeds, runs = replace(settings, refresh=2, positions=2), entities[:1], seeds[:1], 8
-    record = Record("poison_truth", options, seeds={"recorded runs": seeds, "adapters": ADAPTERS})
+    seeded = {"recorded runs": seeds, "adapters": ADAPTERS}
+    # one entity at a time takes hours, so a call keeps what an earlier one found of the others
+    record = Record("poison_truth", options, seeds=seeded, merge=True)
     agreed: list[Row] = []
     shown: list[Row] = []
     sure: list[Row] = []
@@ -231,13 +235,14 @@ def _compare(options: argparse.Namespace) -> None:
         if len(seeds) > 1:
             kinds[f"{len(seeds)} runs as one"] = [fi.PooledRuns(recorded)]
         sure += certain(entity, problem.planted, kinds)
-        record.table("Single rows", CERTAIN, sure)
+        record.table("Single rows", CERTAIN, sure, part="problem")
         truth = compared.truth(runs, options.processes)
         found = {kind: [estimates(run, queries, compared.groups) for run in of] for kind, of in kinds.items()}
         agreed += agreements(entity, truth, found, queries)
         shown += effects(entity, truth, found, compared.groups)
-        record.table("Agreement with retraining", AGREEMENT, agreed)
-        record.table("Groups", GROUPS | {kind: f"{kind}: μ|.1f" for kind in found} | MEASURED, shown)
+        record.table("Agreement with retraining", AGREEMENT, agreed, part="problem")
+        columns = GROUPS | {kind: f"{kind}: μ|.1f" for kind in found} | MEASURED
+        record.table("Groups", columns, shown, part="problem")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

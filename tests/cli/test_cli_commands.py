@@ -91,6 +91,25 @@ def test_score_by_group_and_subset(demo: tuple[Path, str], tmp_path: Path) -> No
     assert float(one.stdout.splitlines()[1].split(",")[2]) == pytest.approx(expected["mu"][0])
 
 
+def test_groups_are_left_out_along_the_recorded_path(demo: tuple[Path, str], tmp_path: Path) -> None:
+    directory = str(demo[0])
+    csv = finfluence("score", directory, "--group", "label", "--leave-out", "--format", "csv")
+    assert csv.stdout.splitlines()[0].startswith("group,size,mu")
+    run = fi.open_run(directory)
+    expected = run.leave_out(groups="label")
+    assert [float(line.split(",")[2]) for line in csv.stdout.splitlines()[1:]] == pytest.approx(expected["mu"])
+    table = finfluence("score", directory, "--group", "label", "--leave-out").stdout
+    assert "each left out along the recorded path" in table
+    assert "Verify before you do" not in table
+    for words, message in (
+        ([directory, "--leave-out"], "for groups"),
+        ([directory, directory, "--group", "label", "--leave-out"], "given twice"),
+    ):
+        done = finfluence("score", *words)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
 def test_verify_puts_measured_beside_predicted(demo: tuple[Path, str]) -> None:
     done = finfluence("verify", str(demo[0]), "--flagged", "--runs", "8")
     assert done.returncode == 0, done.stderr

@@ -177,6 +177,12 @@ def test_a_training_kept_for_a_replay_is_taken_again(tmp_path: Path, options: di
     assert torch.equal(torch.cat([p.detach().flatten() for p in module.parameters()]), recorded[0])
     assert run.samples()["sample"].to_list() == list(range(N))
     assert run.influence("q")["mu"].is_finite().all()
+    left = callback.leave_out(module, Labelled(), groups="label", show_progress="never")
+    with torch.no_grad():
+        measured = float(query(module.eval()))
+    assert left["measured_with"].to_list() == pytest.approx([measured] * left.height, rel=1e-2)
+    assert (left["measured_without"] - left["measured_with"]).abs().min() > 1e-6
+    assert torch.equal(torch.cat([p.detach().flatten() for p in module.parameters()]), recorded[0])
     # a new process has followed no loader
     fresh = InfluenceCallback({"q": query}, tmp_path / "run")
     with pytest.raises(InputError, match="followed no loader"):

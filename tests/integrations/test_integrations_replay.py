@@ -72,6 +72,13 @@ def test_the_training_is_taken_again(tmp_path: Path, case: str) -> None:
     assert set(frame["sample"]) == set(rows(16)["name"])
     assert frame["mu"].is_finite().all()
     assert run.influence("q", groups="source").height == 2
+    left = record.leave_out(recorded, groups="source", show_progress="never")
+    assert torch.equal(parameters(model), end)
+    measured = _mean_completion_loss(query_rows())(model.eval())
+    model.train()
+    assert left["measured_with"].to_list() == pytest.approx([measured] * 2, rel=1e-4)
+    assert (left["measured_without"] - left["measured_with"]).abs().min() > 1e-6
+    assert left["mu"].is_finite().all()
     assert run.influence("q", relative=True)["relative"].is_finite().all()
 
 

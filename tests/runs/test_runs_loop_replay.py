@@ -225,6 +225,49 @@ def test_a_replayed_loop_is_a_run_like_any_other(tmp_path: Path) -> None:
         run.verify(cut)
 
 
+def test_a_loop_is_taken_again_without_some_of_its_rows(tmp_path: Path) -> None:
+    """Against a plain loop over the same micro-batches, whose steps are means over the rows that are left."""
+    net, removed = model(3), [0, 7, 20, 21]
+    optimizer = sgd(net)
+    with recorder(net, optimizer, tmp_path / "run", clip_norm=0.4) as record:
+        loop(net, optimizer, record, accumulate=2, clip=0.4)
+    replayed(tmp_path / "run", net)
+    asked = measures()
+    frame = fi.leave_out(
+        tmp_path / "run",
+        TASK,
+        model(8),
+        dataset=data(dtype=torch.float64),
+        queries=asked,
+        subsets={"some": removed},
+        show_progress="never",
+    )
+    again = model(3)
+    optimizer = sgd(again)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, total_iters=15)
+    x, y = data(dtype=torch.float64).tensors
+    batches = epochs()
+    # an epoch has seven micro-batches, two to a step and the last one alone
+    for start in range(0, len(batches), 7):
+        for first in range(start, start + 7, 2):
+            step = batches[first : min(first + 2, start + 7)]
+            share = sum(int(i) not in removed for part in step for i in part) / sum(map(len, step))
+            for part in step:
+                kept = [int(i) for i in part if int(i) not in removed]
+                value = functional.cross_entropy(again(x[kept]), y[kept], reduction="sum") / (2 * len(part) * share)
+                value.backward()
+            nn.utils.clip_grad_norm_(again.parameters(), 0.4)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        for row in frame.iter_rows(named=True):
+            assert row["measured_with"] == pytest.approx(float(asked[row["query"]](net)), rel=1e-12)
+            assert row["measured_without"] == pytest.approx(float(asked[row["query"]](again)), rel=1e-11)
+    with pytest.raises(InputError, match=r"a loop of your own.*finfluence\.leave_out"):
+        fi.open_run(tmp_path / "run").leave_out(subsets={"some": removed})
+
+
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_self_influence_can_be_added_later(tmp_path: Path, clip: float | None) -> None:
     """It is what the reference loop records on the way, and a replay that is there stays."""

@@ -20,6 +20,7 @@ _NUMBERS = {
     "p_value": ("p", "{:.3f}"),
     "se": ("se", "{:.2f}"),
     "relative": ("relative μ", "{:+.2f}"),
+    "first_order": ("first order", "{:+.2f}"),
 }
 
 

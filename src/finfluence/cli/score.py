@@ -12,7 +12,7 @@ import typer
 from finfluence.cli._output import Format, print_table, write_frame
 from finfluence.errors import InputError
 from finfluence.runs.pooling import PooledRuns, Recorded, check_query, open_runs
-from finfluence.runs.run import RunEstimator
+from finfluence.runs.run import Run, RunEstimator
 from finfluence.tradeoff import SIGN_CONVENTION
 from finfluence.workflows.removal import large_groups_note
 
@@ -74,12 +74,21 @@ def score(
         bool, typer.Option(help="Also μ at the median length of gradient, and sort by it: rows about the query first.")
     ] = False,
     effect: Annotated[str, typer.Option(help="Which rows come first: harmful, or supporting.")] = "harmful",
+    leave_out: Annotated[
+        bool,
+        typer.Option(
+            "--leave-out",
+            help="With --group or --subset: train along the recorded path without each, one training apiece, instead "
+            "of adding up single samples. For large or coherent groups.",
+        ),
+    ] = False,
 ) -> None:
     """Influence of every sample, of groups, or of one subset, in units of training noise.
 
     Several runs of one training under other seeds are averaged, and the standard error holds what they differ by.
 
     Example: finfluence score runs/demo --query validation --group label
+    Another: finfluence score runs/demo --group label --leave-out
     """
     if format not in ("table", "csv", "json", "parquet"):
         raise InputError(f"unknown format {format!r}; choose table, csv, json or parquet")
@@ -91,7 +100,9 @@ def score(
         raise InputError("give --subset or --group, not both")
     subsets = None if subset is None else {subset.stem: read_ids(subset, opened)}
     options: dict[str, Any] = {"subsets": subsets, "groups": group, "relative": relative}
-    if isinstance(opened, PooledRuns):
+    if leave_out:
+        frame = _left_out(opened, name, subsets, group)
+    elif isinstance(opened, PooledRuns):
         if estimator != "gaussian" or sensitivity != "run":
             raise InputError("several runs are averaged with the gaussian estimator, each by its own signals")
         frame = opened.influence(name, **options)
@@ -108,17 +119,37 @@ def score(
     if group is not None and (blank := opened.samples()[group].null_count()):
         print(f"{blank} samples have no {group!r} and are in no group.", file=sys.stderr)
     order = "relative" if relative else "mu"
+    if leave_out:
+        frame = frame.drop("se", "p_value", "measured_with")
     if relative:
         frame = frame.select("sample", "relative", pl.exclude("sample", "relative"))
     ordered = frame.sort(order, descending=effect == "supporting", nulls_last=True)
     print(SIGN_CONVENTION)
     of = ", relative to the gradient's length" if relative else ""
     of += f", {len(runs)} runs averaged" if len(runs) > 1 else ""
+    of += ", each left out along the recorded path" if leave_out else ""
     print_table(ordered.head(top), title=f"Influence on {name!r}{of}, most {effect} first")
-    if "size" in frame.columns and (note := large_groups_note(ordered, opened.samples().height)):
+    if leave_out:
+        print(
+            "first order: μ of the single samples, added up. measured without: the measurement after such a training."
+        )
+    elif "size" in frame.columns and (note := large_groups_note(ordered, opened.samples().height)):
         print(note)
     if frame.height > top:
         print(
             f"… and {frame.height - top} more; --top N shows more, --format csv|json|parquet gives all.",
             file=sys.stderr,
         )
+
+
+def _left_out(opened: Recorded, query: str, subsets: dict[str, Any] | None, group: str | None) -> pl.DataFrame:
+    """The frame of `finfluence.leave_out`, one query's rows.
+
+    Raises:
+        InputError: neither groups nor a subset, or several runs.
+    """
+    if subsets is None and group is None:
+        raise InputError("--leave-out is for groups: give --group COLUMN or --subset FILE")
+    if not isinstance(opened, Run):
+        raise InputError("--leave-out goes along one recorded path; give one run")
+    return opened.leave_out(subsets=subsets, groups=group).filter(pl.col("query") == query).drop("query")

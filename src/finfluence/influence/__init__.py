@@ -15,6 +15,7 @@ from finfluence.influence.consistency import (
     variation,
 )
 from finfluence.influence.detection import Detection, detection
+from finfluence.influence.finite import finite_estimates
 from finfluence.influence.grid import Panel, Positions, ShuffledEpochs
 from finfluence.influence.kriging import kriged
 from finfluence.influence.metadata import attach, metadata
@@ -85,6 +86,7 @@ __all__ = [
     "ceiling",
     "coverage",
     "detection",
+    "finite_estimates",
     "joint_recall",
     "kriged",
     "mean_over_pairs",

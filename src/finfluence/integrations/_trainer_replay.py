@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,9 +16,13 @@ from transformers import Trainer
 
 from finfluence.errors import InputError
 from finfluence.gradients import evaluating
-from finfluence.integrations._measures import count_labels, loss_of, loss_type
+from finfluence.integrations import _rows
+from finfluence.integrations._layers import register_layers
+from finfluence.integrations._measures import Measure, QueryContext, count_labels, loss_of, loss_type
 from finfluence.integrations._trainer import has_own_loss, is_reentrant, trainer_variables
 from finfluence.integrations.text import IGNORED
+from finfluence.runs import ReplayOptions, Run, Task, leave_out, replay
+from finfluence.runs._progress import ShowProgress
 from finfluence.runs.plan import Precision
 from finfluence.runs.tasks import token_losses
 from finfluence.runs.training import checkpoint_interval
@@ -167,3 +173,95 @@ def task_of(trainer: Trainer, model: nn.Module) -> TrainerTask:
                 f"the trainer has {what}; replay it with task=, whose losses are what it sums up over the rows"
             )
     return TrainerTask(loss_type(model))
+
+
+class TrainerReplays(abc.ABC):
+    """What a callback does with a trainer's finished run: take its steps again.
+
+    Attributes:
+        directory: of the run.
+    """
+
+    directory: Any
+
+    @abc.abstractmethod
+    def _measures(
+        self, model: nn.Module, loader: Any, dataset: Any, tokenizer: Any
+    ) -> tuple[QueryContext, dict[str, Measure]]:
+        """How rows become batches, and what is measured."""
+
+    def replay(
+        self,
+        trainer: Trainer,
+        *,
+        task: Task | None = None,
+        options: ReplayOptions | None = None,
+        self_influence: Literal["none", "all"] = "none",
+        show_progress: ShowProgress = "auto",
+    ) -> Run:
+        """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
+
+        In the process that trained, or in a new one with a callback of the same arguments and a trainer of the same
+        model, data, collator and training arguments; a replay that was killed goes on.
+
+        Args:
+            trainer: whose training was recorded with sensitivity "replay" or "both"; its model ends with the parameters
+                of the finished training.
+            task: the rows' losses, whose sum over a micro-batch the trainer divides by the number of labels; needed
+                for losses other than the model's own cross-entropy.
+            options: of the replay.
+            self_influence: "all" for run.influence(query, relative=True), see `finfluence.replay`.
+            show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
+
+        Returns:
+            The run.
+
+        Raises:
+            InputError: a loss that needs a task.
+            ReplayError: the run is not one to replay, or its steps come out otherwise than recorded.
+        """
+        again = self._recorded(trainer, task)
+        with plain_forward(trainer.model):
+            return replay(
+                self.directory, **again, options=options, self_influence=self_influence, show_progress=show_progress
+            )
+
+    def leave_out(
+        self,
+        trainer: Trainer,
+        *,
+        subsets: Mapping[Any, Any] | None = None,
+        groups: str | None = None,
+        task: Task | None = None,
+        show_progress: ShowProgress = "auto",
+    ) -> pl.DataFrame:
+        """Influence of subsets by taking the recorded steps again without each (`finfluence.leave_out`).
+
+        Args:
+            trainer: as of `replay`, which must have been done; so is task.
+            subsets: sample ids by name.
+            groups: or a column of the sample table.
+            task: the rows' losses.
+            show_progress: "auto" or "never".
+        """
+        again = self._recorded(trainer, task)
+        with plain_forward(trainer.model):
+            return leave_out(self.directory, **again, subsets=subsets, groups=groups, show_progress=show_progress)
+
+    def _recorded(self, trainer: Trainer, task: Task | None) -> dict[str, Any]:
+        """What takes the recorded steps again: task, model, data and queries."""
+        register_layers()
+        model: Any = trainer.model
+        task = task or task_of(trainer, model)
+        with _rows.undisturbed():
+            loader = trainer.get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)
+        context, measures = self._measures(model, loader, base.dataset, trainer.processing_class)
+        model.train()
+        return {
+            "task": task,
+            "model": model,
+            "dataset": base.dataset,
+            "queries": measures,
+            "collate": context.collate,
+        }

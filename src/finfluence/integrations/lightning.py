@@ -23,7 +23,7 @@ from finfluence.integrations import _rows
 from finfluence.integrations._checks import check_size, check_trainable
 from finfluence.integrations._measures import check_measures
 from finfluence.integrations._order import BatchOrder
-from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Sampler, Task, replay
+from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Sampler, Task, leave_out, replay
 from finfluence.runs._manifest import SensitivityKind
 from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import Collate
@@ -204,23 +204,50 @@ class InfluenceCallback(Callback):
             InputError: no dataset.
             ReplayError: the run is not one to replay, or its steps come out otherwise than recorded.
         """
+        return replay(
+            self.directory,
+            **self._recorded(module, task, dataset, collate),
+            options=options,
+            self_influence=self_influence,
+            show_progress=show_progress,
+        )
+
+    def leave_out(
+        self,
+        module: LightningModule,
+        task: Task,
+        *,
+        subsets: Mapping[Any, Any] | None = None,
+        groups: str | None = None,
+        dataset: Any = None,
+        collate: Collate | None = None,
+        show_progress: ShowProgress = "auto",
+    ) -> pl.DataFrame:
+        """Influence of subsets by taking the recorded steps again without each (`finfluence.leave_out`).
+
+        Args:
+            module: as of `replay`, which must have been done; so are task, dataset and collate.
+            task: the samples' losses.
+            subsets: sample ids by name.
+            groups: or a column of the sample table.
+            dataset: of the training loader.
+            collate: makes a batch.
+            show_progress: "auto" or "never".
+        """
+        again = self._recorded(module, task, dataset, collate)
+        return leave_out(self.directory, **again, subsets=subsets, groups=groups, show_progress=show_progress)
+
+    def _recorded(self, module: LightningModule, task: Task, dataset: Any, collate: Collate | None) -> dict[str, Any]:
+        """What takes the recorded steps again."""
         if dataset is None:
             dataset, collate = self._data[0], collate or self._data[1]
         if dataset is None:
             raise InputError("the callback followed no loader in this process; give the training loader's dataset=")
         module.train()
-        return replay(
-            self.directory,
-            task,
-            _recorded_module(module),
-            dataset=dataset,
-            # the module holds the network, so what is asked of it is asked of the replayed parameters
-            queries={name: lambda _, query=query: query(module) for name, query in self.queries.items()},
-            collate=collate,
-            options=options,
-            self_influence=self_influence,
-            show_progress=show_progress,
-        )
+        # the module holds the network, so what is asked of it is asked of the replayed parameters
+        queries = {name: lambda _, query=query: query(module) for name, query in self.queries.items()}
+        model = _recorded_module(module)
+        return {"task": task, "model": model, "dataset": dataset, "queries": queries, "collate": collate}
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = _recorded_module(pl_module)

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from finfluence.errors import FinfluenceWarning, InputError, RecordingError
 from finfluence.integrations import _rows
@@ -30,14 +30,13 @@ from finfluence.integrations._measures import Measure, QueryContext, check_measu
 from finfluence.integrations._microbatch import MicroBatches
 from finfluence.integrations._order import BatchOrder
 from finfluence.integrations._trainer import check_loss, describe_training, is_reentrant, prepared_rows, running_trainer
-from finfluence.integrations._trainer_replay import Denominators, loop_settings, plain_forward, task_of
-from finfluence.runs import NoisePanel, Recorder, ReplayOptions, Run, Task, replay
+from finfluence.integrations._trainer_replay import Denominators, TrainerReplays, loop_settings
+from finfluence.runs import NoisePanel, Recorder
 from finfluence.runs._manifest import SensitivityKind
-from finfluence.runs._progress import ShowProgress
 from finfluence.runs.data import tensors_of
 
 
-class InfluenceCallback(TrainerCallback):
+class InfluenceCallback(TrainerReplays, TrainerCallback):
     """Records every training row's signals while a Hugging Face trainer runs.
 
     Example:
@@ -195,57 +194,6 @@ class InfluenceCallback(TrainerCallback):
             else:
                 error = RecordingError("training did not finish")
                 recorder.__exit__(type(error), error, None)
-
-    def replay(
-        self,
-        trainer: Trainer,
-        *,
-        task: Task | None = None,
-        options: ReplayOptions | None = None,
-        self_influence: Literal["none", "all"] = "none",
-        show_progress: ShowProgress = "auto",
-    ) -> Run:
-        """Walks the finished run backwards, for calibrated signals (`finfluence.replay`).
-
-        In the process that trained, or in a new one with a callback of the same arguments and a trainer of the same
-        model, data, collator and training arguments; a replay that was killed goes on.
-
-        Args:
-            trainer: whose training was recorded with sensitivity "replay" or "both"; its model ends with the parameters
-                of the finished training.
-            task: the rows' losses, whose sum over a micro-batch the trainer divides by the number of labels; needed
-                for losses other than the model's own cross-entropy.
-            options: of the replay.
-            self_influence: "all" for run.influence(query, relative=True), see `finfluence.replay`.
-            show_progress: "auto" shows the plan and a bar on a terminal's standard error; "never" is silent.
-
-        Returns:
-            The run.
-
-        Raises:
-            InputError: a loss that needs a task.
-            ReplayError: the run is not one to replay, or its steps come out otherwise than recorded.
-        """
-        register_layers()
-        model: Any = trainer.model
-        task = task or task_of(trainer, model)
-        with _rows.undisturbed():
-            loader = trainer.get_train_dataloader()
-        base = getattr(loader, "base_dataloader", loader)
-        context, measures = self._measures(model, loader, base.dataset, trainer.processing_class)
-        model.train()
-        with plain_forward(model):
-            return replay(
-                self.directory,
-                task,
-                model,
-                dataset=base.dataset,
-                queries=measures,
-                collate=context.collate,
-                options=options,
-                self_influence=self_influence,
-                show_progress=show_progress,
-            )
 
     def _begin(self, args: Any, state: Any, given: Mapping[str, Any]) -> None:
         register_layers()

@@ -10,6 +10,7 @@ from finfluence._lazy import lazy_names
 
 if TYPE_CHECKING:
     from finfluence.runs.engine import Engine
+    from finfluence.runs.leaving_out import leave_out
     from finfluence.runs.oracle import Retraining, Truth, open_truth, retrain, retrain_until
     from finfluence.runs.panel import NoisePanel
     from finfluence.runs.plan import Plan, Schedule
@@ -26,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_names(  # pyright: ignore[reportUnsupported
     __name__,
     {
         "finfluence.runs.engine": ("Engine",),
+        "finfluence.runs.leaving_out": ("leave_out",),
         "finfluence.runs.oracle": ("Retraining", "Truth", "open_truth", "retrain", "retrain_until"),
         "finfluence.runs.panel": ("NoisePanel",),
         "finfluence.runs.plan": ("Plan", "Schedule"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from finfluence.errors import ReplayError
+from finfluence.errors import InputError, ReplayError
 from finfluence.runs._trajectory import kept_vectors
-from finfluence.runs.data import Collate
+from finfluence.runs.data import Collate, dataset_size
 from finfluence.runs.engine import Engine
 from finfluence.runs.loop_engine import LoopEngine
 from finfluence.runs.loop_record import build_optimizer
@@ -21,6 +23,9 @@ from finfluence.runs.states import StateStore
 from finfluence.runs.tasks import Task
 from finfluence.sensitivity import FlatUpdate, ParameterRule, UpdateRule, from_torch
 from finfluence.signals import Folder, SignalStore
+
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_LOW_PRECISION_TOLERANCE = 1e-3
 
 
 class Recording:
@@ -60,6 +65,32 @@ class Recording:
                 f"{folder.display} has states up to step {self.cuts[-1] if self.cuts else 'none'} of {self.steps}; "
                 "finish the training first (train with exist='resume')"
             )
+
+    def check_data(self, dataset: Any, queries: Mapping[str, Any]) -> None:
+        """Refuses data and queries that are not those of the recording.
+
+        Raises:
+            InputError: another number of samples, or other queries.
+        """
+        if dataset_size(dataset) != self.n:
+            raise InputError(
+                f"the run was recorded on {self.n} samples, the dataset has {dataset_size(dataset)}; "
+                "give the dataset of the recording"
+            )
+        if list(queries) != self.queries:
+            raise InputError(f"the run was recorded for the queries {self.queries}, got {list(queries)}")
+
+    def apart(self, parameters: Mapping[str, Tensor], step: int) -> float:
+        """Distance of trainable parameters from those stored before a step, over the norm of the stored ones."""
+        stored = self.states.load(step)
+        pairs = [(stored[f"parameter/{name}"].to(p), p.detach()) for name, p in parameters.items()]
+        norms = [[float(torch.linalg.vector_norm(part)) for part in (then, now - then)] for then, now in pairs]
+        return math.hypot(*(n for _, n in norms)) / max(math.hypot(*(n for n, _ in norms)), 1e-30)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far re-executed parameters may be from the stored ones."""
+        low = self.plan.precision == "bfloat16-autocast"
+        return _LOW_PRECISION_TOLERANCE if low else _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
 
     def rules(self, parameters: Mapping[str, nn.Parameter]) -> UpdateRule | Mapping[str, ParameterRule]:
         """The optimizer's update rule, or each parameter's."""

@@ -110,6 +110,8 @@ class Engine:
         parameters: trainable parameters by name.
         model_size: number of all the model's parameters.
         optimizer: the torch.optim optimizer.
+        left_out: (rows of the dataset,) bool, samples that batches hold and steps pass over, so that the others of
+            their batch take their weight; None for none.
 
     Raises:
         InputError: no trainable parameter, or a batch size that does not fit the data.
@@ -138,6 +140,7 @@ class Engine:
         self.population = self.n if population is None else population
         self.total_steps = plan.steps(self.population)
         self.optimizer = plan.optimizer.build(list(self.parameters.values()))
+        self.left_out: np.ndarray | None = None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The run's batches from step `start` on; indices are rows of the dataset."""
@@ -206,6 +209,16 @@ class Engine:
         return losses
 
     def parts(self, batch: Batch) -> list[Part]:
+        """The micro-batches of a batch that have samples, without those that are left out."""
+        parts = self.micro_batches(batch)
+        if self.left_out is None:
+            return parts
+        kept = [part.indices[~self.left_out[part.indices]] for part in parts]
+        # Poisson sampling has a fixed denominator, and nothing takes a sample's place
+        share = 1.0 if self.plan.sampler.kind == "poisson" else sum(map(len, kept)) / max(1, len(batch.indices))
+        return [Part(rows, part.denominator * share) for rows, part in zip(kept, parts, strict=True) if len(rows)]
+
+    def micro_batches(self, batch: Batch) -> list[Part]:
         """The micro-batches of a batch that have samples."""
         if self.plan.accumulation == 1:
             return [Part(batch.indices, batch.denominator)] if len(batch.indices) else []

@@ -85,7 +85,7 @@ class LoopEngine(Engine):
             share = sum(len(part.rows) / part.denominator for part in found.parts)
             yield Batch(step, found.epoch, found.position, rows, len(rows) / share)
 
-    def parts(self, batch: Batch) -> list[Part]:
+    def micro_batches(self, batch: Batch) -> list[Part]:
         """The micro-batches of a step, as they were."""
         return [Part(part.rows, part.denominator) for part in self._step(batch.step).parts]
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finfluence.errors import FinfluenceError, FinfluenceWarning, InputError, ReplayError
+from finfluence.errors import FinfluenceError, FinfluenceWarning, ReplayError
 from finfluence.gradients import check_model, query_gradient
 from finfluence.runs._manifest import check_choice
 from finfluence.runs._progress import ShowProgress, progress
@@ -29,7 +29,7 @@ from finfluence.runs._recording import Recording
 from finfluence.runs._replay_self import write_self_influence
 from finfluence.runs._replay_store import ReplayStore, query_norms
 from finfluence.runs._segment import SegmentWalker, StepSignals
-from finfluence.runs.data import Collate, dataset_size, query_batches
+from finfluence.runs.data import Collate, query_batches
 from finfluence.runs.engine import isolated_rng
 from finfluence.runs.replay_plan import ReplayOptions, ReplayPlan
 from finfluence.runs.run import Run, open_run
@@ -39,8 +39,6 @@ from finfluence.runs.tasks import Task, measurement
 from finfluence.sensitivity import AdjointMonitor, FlatUpdate, States
 from finfluence.signals import Folder, SignalStore, SignalWriter, open_folder
 
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-_LOW_PRECISION_TOLERANCE = 1e-3
 # Segments of a small model take milliseconds, and making one durable takes as long.
 COMMIT_SECONDS = 1.0
 _COMMIT_ROWS = 1 << 20
@@ -152,13 +150,7 @@ class _Replay:
     ) -> None:
         self.recording = recording = Recording(folder, writer.manifest)
         self.task = task
-        if dataset_size(dataset) != recording.n:
-            raise InputError(
-                f"the run was recorded on {recording.n} samples, the dataset has {dataset_size(dataset)}; "
-                "give the dataset of the recording"
-            )
-        if list(queries) != recording.queries:
-            raise InputError(f"the run was recorded for the queries {recording.queries}, got {list(queries)}")
+        recording.check_data(dataset, queries)
         check_model(model)
         self.engine = recording.engine(task, model, dataset=dataset, collate=collate)
         self.update = FlatUpdate(self.engine.parameters, self.engine.rules)
@@ -281,14 +273,8 @@ class _Replay:
         return walker.backwards(batches, losses, adjoint=adjoint, adjoint_state=state, advance=advance)
 
     def _compare(self, theta: Tensor, step: int, batches: Sequence[Batch], losses: Sequence[float]) -> None:
-        stored = self.recording.states.load(step)
-        expected = self.update.layout.flatten({n: stored[f"parameter/{n}"] for n in self.update.layout.names}).to(theta)
-        scale = torch.linalg.vector_norm(expected).clamp(min=1e-30)
-        difference = float(torch.linalg.vector_norm(theta - expected) / scale)
-        limit = self.options.tolerance
-        if limit is None:
-            low = self.recording.plan.precision == "bfloat16-autocast"
-            limit = _LOW_PRECISION_TOLERANCE if low else _TOLERANCE.get(theta.dtype, _LOW_PRECISION_TOLERANCE)
+        difference = self.recording.apart(self.update.layout.unflatten(theta), step)
+        limit = self.options.tolerance or self.recording.tolerance(theta.dtype)
         self.mismatch = max(self.mismatch, difference)
         if difference <= limit:
             return

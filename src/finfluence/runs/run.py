@@ -87,6 +87,18 @@ class Run:
         """How a replay went: step, query, norm of its adjoint before the step, relative residual of the identity."""
         return read_adjoints(open_folder(self.directory))
 
+    def groups(self, column: str) -> dict[Any, pl.Series]:
+        """Sample ids of every group of a column of the sample table, by its label, in the labels' order.
+
+        Samples with a null label are in no group.
+
+        Raises:
+            InputError: unknown column.
+        """
+        frame = self.samples().with_columns(self._group_labels(column).alias("group")).drop_nulls("group")
+        parts = frame.sort("group", maintain_order=True).group_by(["group"], maintain_order=True)
+        return {label: part["sample"] for (label,), part in parts}
+
     def influence(
         self,
         query: str,
@@ -235,6 +247,17 @@ class Run:
 
         return verify_groups(self, column, **options)
 
+    def leave_out(self, *, subsets: Mapping[Any, Any] | None = None, groups: str | None = None) -> pl.DataFrame:
+        """Influence of subsets or groups by training along the recorded path without each: see `finfluence.leave_out`.
+
+        Args:
+            subsets: sample ids by name.
+            groups: or a column of the sample table.
+        """
+        from finfluence.workflows._retrained import left_out
+
+        return left_out(self, subsets=subsets, groups=groups)
+
     def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
         """Writes the run's report, one HTML file that opens anywhere.
 
@@ -310,12 +333,7 @@ class Run:
         flat: dict[str, Any] = {"step": signals.steps, "code": signals.codes, "value": signals.values}
         key = "subset"
         if groups is not None:
-            labels = self._group_labels(groups)
-            frame = self.samples().with_columns(labels.alias("group")).drop_nulls("group")
-            subsets = {
-                name: part["sample"].to_numpy() for (name,), part in frame.group_by(["group"], maintain_order=True)
-            }
-            key = "group"
+            subsets, key = self.groups(groups), "group"
         if subsets is None:
             return two_stage_samples(found.index, **flat, rule=rule, reporting=reporting, meta=meta)
         return two_stage_subsets(found.index, subsets, **flat, rule=rule, reporting=reporting, key=key, meta=meta)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 from torch import nn
 
 from finfluence.errors import InputError
-from finfluence.runs import Plan, Retraining, Run
+from finfluence.runs import Plan, Retraining, Run, leave_out
+from finfluence.runs._progress import ShowProgress
 from finfluence.runs.sources import dataset_hashes
 from finfluence.workflows._cut_files import matching_rows, read_origin, source_of
 from finfluence.workflows.recipes import Recipe, load_recipe
@@ -68,6 +70,47 @@ def retraining_of(
         precision=plan.precision,
         ids=run.samples()["sample"].to_numpy(),
         progress=progress,
+    )
+
+
+def left_out(
+    run: Run,
+    *,
+    subsets: Mapping[Any, Any] | None = None,
+    groups: str | None = None,
+    recipe: Recipe | None = None,
+    show_progress: ShowProgress = "auto",
+) -> pl.DataFrame:
+    """`finfluence.leave_out` of a run's subsets or groups, with the data and the model of its recipe.
+
+    Args:
+        run: recorded by `train`, its replay finished.
+        subsets: sample ids by name.
+        groups: or a column of the sample table.
+        recipe: rebuilt from the run's own entry where it is None.
+        show_progress: see `finfluence.leave_out`.
+
+    Raises:
+        InputError: the run carries no recipe and none is given, or is a loop of the user's own; the data changed; see
+            `finfluence.leave_out`.
+    """
+    if "loop" in run.manifest:
+        raise InputError(
+            f"{run.name} is a loop of your own; give finfluence.leave_out its task, model and data, or call the "
+            "callback's leave_out"
+        )
+    recipe = recipe or run_recipe(run)
+    check_unchanged(run, recipe)
+    return leave_out(
+        run.directory,
+        recipe.task,
+        recipe.make_model(int(run.manifest["seed"] or 0)),
+        dataset=recipe.dataset,
+        queries=recipe.queries,
+        subsets=subsets,
+        groups=groups,
+        collate=recipe.collate,
+        show_progress=show_progress,
     )
 
 

@@ -167,16 +167,10 @@ def group_points(run: Recorded, query: str, column: str) -> list[Chosen]:
     Raises:
         InputError: unknown query or column, or one group that is all samples.
     """
-    frame = run.influence(query, groups=column)
-    samples = run.samples()
+    frame, groups = run.influence(query, groups=column), run.runs[0].groups(column)
     return [
-        Chosen(
-            f"{column} {row['group']}",
-            samples.filter(pl.col(column) == row["group"])["sample"].to_numpy(),
-            GaussianInfluence(row["mu"], row["se"]),
-            "harmful",
-        )
-        for row in frame.iter_rows(named=True)
+        Chosen(f"{column} {label}", groups[label].to_numpy(), GaussianInfluence(mu, se), "harmful")
+        for label, mu, se in frame.select("group", "mu", "se").iter_rows()
     ]
 
 

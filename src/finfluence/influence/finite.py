@@ -1,0 +1,49 @@
+"""μ of a finite removal: what training along the recorded path without a subset did, made right for its placement."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from finfluence.errors import InputError
+from finfluence.influence._arrays import Floats
+from finfluence.influence.shift import DerivativeError, Estimates, Removal, subset_estimates
+from finfluence.influence.subsets import PackedSubsets
+from finfluence.influence.table import InfluenceTable
+from finfluence.influence.totals import SampleTotals
+
+
+def finite_estimates(
+    table: InfluenceTable, batch: SampleTotals, *, packed: PackedSubsets, change: Floats, error: DerivativeError
+) -> Estimates:
+    """Estimate μ of subsets from one training without each, on the recorded batches less the subset.
+
+    The change of the measurement holds everything that first order leaves out, and what the recorded path owes to the
+    places in which it happened to put the subset. The latter is known to first order, the difference between the
+    shift that the batches show and the completed one, and is exchanged (a control variate):
+
+        μ_S = (change_S − Δ_S of the batches + Δ_S completed) / σ
+
+    in the unit of `subset_estimates`. Its error is that of the completed shift, another path's (as a multiple of the
+    error of placement), and `error.joint` of μ, mostly for the unit: σ is the noise with all samples, and without many
+    of a kind it is another.
+
+    Args:
+        table: of the run and the query, with its noise.
+        batch: totals of the signals that batches had, with `table`'s samples.
+        packed: k subsets of the table's samples.
+        change: (k,) measurement without each subset less that with all samples, on the recorded path.
+        error: path and joint, see `DerivativeError`.
+
+    Raises:
+        InputError: the table has no noise.
+    """
+    if table.noise is None:
+        raise InputError("a finite removal is measured in units of the run's noise; the table has none")
+    removal = Removal(table.budget, table.replacement)
+    along = DerivativeError(path=error.path)
+    completed = subset_estimates(table.totals, table.noise, packed=packed, removal=removal, error=along)
+    placed = subset_estimates(batch, table.noise, packed=packed, removal=removal)
+    unit = table.noise.sigma * removal.noise_ratio(packed.sizes, table.totals, noise=table.noise)
+    mu = np.asarray(change, dtype=np.float64) / unit + completed.mu - placed.mu
+    shared = error.joint * np.abs(mu)
+    return replace(completed, mu=mu, se=np.hypot(completed.se, shared), null=completed.se, shared=shared)
