@@ -16,6 +16,7 @@ NAMES = {
     "calibration": "one recorded run's μ against retraining, with its ceiling, slope and coverage",
     "arms": "how much noisier training without a subset is, and why its batches are cut as they are",
     "pairs": "what retrainings in pairs of one batch order are worth, beside independent ones",
+    "left_out": "subsets left out along the recorded path, one training each, and first order, against retraining",
     "poison": "planted instructions that change one behaviour of a language model",
     "poison_truth": "μ of groups of a language model's rows, against fine-tuning again without them",
     "cuts": "what cleaning does, predicted and measured",

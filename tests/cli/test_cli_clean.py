@@ -169,7 +169,7 @@ def test_every_group_of_a_column_is_verified(run: Path, capsys: pytest.CaptureFi
     for state, label in zip(states, labels, strict=True):
         alone = opened.verify(opened.samples().filter(pl.col("label") == label)["sample"], runs=4, progress=False)
         assert (alone.measured.mu, alone.means) == (state.measured.mu, state.means)  # the same retrainings
-        assert f"{state.measured.mu:+.2f}" in out
+        assert f"{state.measured.mu:+.3g}" in out
     code, _, err = call(capsys, "verify", str(run), "--group", "nope", "--runs", "4")
     assert code == 2
     assert "unknown group column 'nope'" in err

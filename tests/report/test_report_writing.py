@@ -310,6 +310,22 @@ def test_verified_subsets_are_read_and_a_damaged_file_is_named(tmp_path: Path) -
         write_report(run)
 
 
+def test_what_retraining_measured_of_a_group_stands_beside_its_sum(tmp_path: Path) -> None:
+    from finfluence.workflows.removal import ids_digest
+
+    table = pl.DataFrame({"sample": np.arange(60), "source": ["web", "forum", "mail"] * 20})
+    run = synthetic_run(tmp_path / "run", table, batch=20)
+    web = np.arange(0, 60, 3)
+    entry = VERIFIED | {"name": "source web", "ids_hash": ids_digest(web), "size": 20}
+    (tmp_path / "run" / "verified.json").write_text(json.dumps([entry]))
+    payload = payload_of(write_report(run).read_text(encoding="utf-8"))
+    rows = {row["group"]: row for row in payload["query:0"]["groups"][0]["rows"]}
+    assert rows["web"]["retrained"] == [entry["measured"][key] for key in ("mu", "ci_low", "ci_high")]
+    assert "retrained" not in rows["forum"]
+    assert rows["web"]["mu"] == run.influence("validation", groups="source").filter(group="web")["mu"][0]
+    assert "retrained without" in payload["query:0"]["groupsNote"]
+
+
 def test_several_queries_are_bounded_and_the_rest_is_named(tmp_path: Path) -> None:
     names = tuple(f"query-{i}" for i in range(4))
     run = synthetic_run(tmp_path / "run", pl.DataFrame({"sample": np.arange(40)}), queries=names, batch=20)

@@ -113,10 +113,10 @@ def _print_several(states: list[Verification]) -> None:
         {
             "removed": state.name,
             "rows": f"{state.size:,}",
-            "predicted": f"{state.predicted.mu:+.2f}",
-            "95 %": _span(*state.predicted.interval(0.95)),
-            "measured": f"{state.measured.mu:+.2f}",
-            "95 % ": _span(*state.measured_interval),
+            "predicted": f"{state.predicted.mu:+.3g}",
+            "95 %": _span(*state.predicted.interval(0.95), digits=".3g"),
+            "measured": f"{state.measured.mu:+.3g}",
+            "95 % ": _span(*state.measured_interval, digits=".3g"),
             "mean": f"{state.means[1]:.4g}",
             "": "" if state.agrees else "≠",
         }
@@ -133,8 +133,8 @@ def _print_several(states: list[Verification]) -> None:
     )
 
 
-def _span(low: float, high: float) -> str:
-    return f"{low:+.2f} to {high:+.2f}"
+def _span(low: float, high: float, digits: str = ".2f") -> str:
+    return f"{low:+{digits}} to {high:+{digits}}"
 
 
 def _points(text: str) -> list[int | Literal["recommended"]]:

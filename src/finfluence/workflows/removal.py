@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -278,6 +279,11 @@ def verified_entries(run: Run) -> list[dict[str, Any]]:
             f"{run.directory}/{VERIFIED_FILE} cannot be read ({error}); delete it and verify again"
         ) from None
     return entries
+
+
+def ids_digest(ids: np.ndarray) -> str:
+    """What names a set of samples in verified.json."""
+    return hashlib.sha256(repr(sorted(ids.tolist())).encode()).hexdigest()[:12]
 
 
 def recordings(run: Recorded) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -27,6 +26,7 @@ from finfluence.workflows.removal import (
     Effect,
     Selection,
     chance_text,
+    ids_digest,
     recordings,
     verified_entries,
 )
@@ -269,7 +269,7 @@ def verify_together(
     """
     first = run.runs[0]
     # One directory keeps the retrainings of every subset that was ever verified, so the name tells which it is.
-    arms = {f"removed-{_digest(point.ids)}": point for point in chosen}
+    arms = {f"removed-{ids_digest(point.ids)}": point for point in chosen}
     epoch = None if len(first.measured_epochs) == 1 else "mean"
     n = first.samples().height
     with retraining_of(
@@ -332,10 +332,6 @@ def _only_query(run: Recorded, query: str | None) -> str:
     return run.queries[0] if query is None else query
 
 
-def _digest(ids: np.ndarray) -> str:
-    return hashlib.sha256(repr(sorted(ids.tolist())).encode()).hexdigest()[:12]
-
-
 def _record(run: Recorded, states: Sequence[Verification], chosen: Sequence[Chosen]) -> None:
     """Writes what was measured so far into the (first) run's verified.json, one entry a query, subset and predictor."""
     first, entries = run.runs[0], [_entry(run, *pair) for pair in zip(states, chosen, strict=True)]
@@ -359,7 +355,7 @@ def _entry(run: Recorded, state: Verification, chosen: Chosen) -> dict[str, Any]
         "name": state.name,
         "effect": chosen.effect,
         "size": state.size,
-        "ids_hash": _digest(chosen.ids),
+        "ids_hash": ids_digest(chosen.ids),
         "k": chosen.k,
         "predicted": {"mu": state.predicted.mu, "se": state.predicted.se},
         "measured": {"mu": state.measured.mu, "se": state.measured.se, "ci_low": low, "ci_high": high},

@@ -140,12 +140,13 @@ def _pack_visits(
 
 
 def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    from finfluence.workflows.removal import large_groups_note
+    from finfluence.workflows.removal import ids_digest, large_groups_note
 
-    samples = run.samples()
+    samples, measured = run.samples(), _measured(run, query)
     found: list[dict[str, Any]] = []
     left: list[str] = []
     sizes: list[tuple[str, int]] = []
+    retrained = False
     for column in categories:
         distinct = samples[column].drop_nulls().n_unique() if column in samples.columns else 0
         if distinct < 2:
@@ -154,6 +155,7 @@ def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[
             left.append(column)
             continue
         frame = run.influence(query, groups=column).sort("mu", nulls_last=True)
+        members = run.runs[0].groups(column) if measured else {}
         rows = [
             {
                 "group": category(row["group"]),
@@ -163,16 +165,33 @@ def _groups(run: Recorded, query: str, categories: Sequence[str]) -> tuple[list[
                 "high": row["ci_high"],
                 "q": row["q_value"],
             }
+            | (measured.get(ids_digest(members[row["group"]].to_numpy()), {}) if measured else {})
             for row in frame.iter_rows(named=True)
         ]
+        retrained = retrained or any("retrained" in row for row in rows)
         found.append({"column": column, "rows": rows})
         sizes += [(f"{column} {row['group']}", row["size"]) for row in rows]
     note = "Influence of all samples of a group together."
+    if retrained:
+        note += (
+            " Where a group was retrained without, the second μ is what that measured; the first is a sum of samples."
+        )
     if large := large_groups_note(pl.DataFrame(sizes, schema=["group", "size"], orient="row"), samples.height):
         note += f" {large}"
     if left:
         note += f" Not shown: {', '.join(left)} (too many values, or more than {_GROUP_COLUMNS} columns)."
     return found, note
+
+
+def _measured(run: Recorded, query: str) -> dict[str, dict[str, Any]]:
+    """What retraining measured of a query, by the digest of the removed samples."""
+    from finfluence.workflows.removal import verified_entries
+
+    found: dict[str, dict[str, Any]] = {}
+    for entry in verified_entries(run.runs[0]):
+        if entry.get("query") == query and isinstance(of := entry.get("measured"), dict):
+            found[str(entry.get("ids_hash"))] = {"retrained": [of.get(key) for key in ("mu", "ci_low", "ci_high")]}
+    return found
 
 
 def _removal(run: Recorded, query: str) -> dict[str, Any] | None:

@@ -81,6 +81,17 @@ function start(read) {
     byId("chosen-title").focus({ preventScroll: true });
   }
 
+  // What retraining measured, where it did, stands below the sum of the samples' μ.
+  function groupCell(row, mu, low, high) {
+    const cell = muCell(mu, low, high, 2);
+    if (row.retrained) {
+      const [measured, from, to] = row.retrained.map((value) => value ?? NaN);
+      cell.append(make("span", { class: `retrained ${measured < 0 ? "harm" : "support"}` }, `retrained ${signed(measured, 2)}`),
+        make("span", { class: "ends" }, `${signed(from, 2)} to ${signed(to, 2)}`));
+    }
+    return cell;
+  }
+
   function groupTable({ column, rows }) {
     const span = Math.max(...rows.map((row) => Math.max(Math.abs(row.low ?? 0), Math.abs(row.high ?? 0), Math.abs(row.mu ?? 0)))) || 1;
     const body = rows.map((row) => {
@@ -92,7 +103,7 @@ function start(read) {
       return make("tr", {},
         make("th", { scope: "row" }, button),
         make("td", { class: "number wide" }, whole(row.size)),
-        muCell(mu, low, high, 2),
+        groupCell(row, mu, low, high),
         make("td", { class: "spread" }, intervalDrawing(mu, low, high, span)),
         make("td", { class: "number" }, plain(row.q ?? NaN, 3)));
     });
