@@ -58,7 +58,7 @@ def truth_of(setting: Setting, data: Data, runs: int, directory: Path) -> fi.Tru
     )
 
 
-def record(setting: Setting, data: Data, directory: Path, *, seed: int, signals: Any) -> fi.Run:
+def record(setting: Setting, data: Data, directory: Path, *, seed: int, signals: Any, live: bool = True) -> fi.Run:
     return fi.train(
         fi.ClassificationTask(),
         setting.make_model(0),
@@ -68,7 +68,7 @@ def record(setting: Setting, data: Data, directory: Path, *, seed: int, signals:
         epochs=setting.epochs,
         batch_size=20,
         seed=seed,
-        sensitivity="both" if signals == "batch" else "replay",
+        sensitivity="both" if live and signals == "batch" else "replay",
         signals=signals,
         panel=fi.NoisePanel(64, 5),
         replay_options=setting.replay,

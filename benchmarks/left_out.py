@@ -21,7 +21,7 @@ import numpy as np
 import finfluence as fi
 from benchmarks._calibration_problems import SETTINGS, Data, Setting
 from benchmarks._records import Record, parser
-from benchmarks.calibration import single_queries, truth_of
+from benchmarks.calibration import record, single_queries, truth_of
 from benchmarks.pairs import DEFAULT, measurements
 from finfluence.influence import Ceiling, agreement, ceiling, metadata
 
@@ -37,25 +37,6 @@ COLUMNS = {
     "coverage_first": "95 % coverage, first order|.0%",
     "coverage": "coverage, left out|.0%",
 }
-
-
-def record(setting: Setting, data: Data, directory: Path, *, seed: int) -> fi.Run:
-    return fi.train(
-        fi.ClassificationTask(),
-        setting.make_model(0),
-        data.dataset,
-        queries=data.queries,
-        optimizer=setting.optimizer,
-        epochs=setting.epochs,
-        batch_size=20,
-        seed=seed,
-        sensitivity="replay",
-        panel=fi.NoisePanel(64, 5),
-        replay_options=setting.replay,
-        directory=directory,
-        exist="resume",
-        **setting.options,
-    )
 
 
 def estimates(setting: Setting, data: Data, run: fi.Run, queries: list[str]) -> dict[str, np.ndarray]:
@@ -112,14 +93,18 @@ def _compare(options: argparse.Namespace, scratch: Path) -> None:
         queries = single_queries(data)
         truth = truth_of(setting, data, options.runs, (options.truth or scratch / "truth") / setting.name)
         top = ceiling(*truth.split_halves(queries))
+        recorded = [
+            record(setting, data, scratch / f"{setting.name}-{seed}", seed=seed, signals="batch", live=False)
+            for seed in seeds
+        ]
         figures = [
             compared(
-                estimates(setting, data, record(setting, data, scratch / f"{setting.name}-{seed}", seed=seed), queries),
+                estimates(setting, data, run, queries),
                 truth,
                 queries,
                 top,
             )
-            for seed in seeds
+            for run in recorded
         ]
         means = {key: float(np.mean([each[key] for each in figures])) for key in figures[0]}
         rows.append({"setting": setting.name, "note": setting.note, "ceiling": top.correlation} | means)

@@ -123,6 +123,20 @@ class Comparison:
             **self._training,
         )
 
+    def left_out(self, run: fi.Run) -> np.ndarray:
+        """(3, q, s) μ and the ends of its interval: the run's steps again, without each group."""
+        frame = fi.leave_out(
+            run.directory,
+            self.unit.task,
+            self.unit.adapted.reset(),
+            dataset=self.unit.rows,
+            queries=self.queries,
+            subsets=self.groups,
+            collate=collate,
+        )
+        rows = [frame.filter(query=query) for query in self.queries]
+        return np.array([[row[key].to_numpy() for row in rows] for key in ("mu", "ci_low", "ci_high")])
+
     def truth(self, runs: int, workers: int) -> fi.Truth:
         """`runs` trainings with all rows and without each group."""
         return fi.retrain(
@@ -238,6 +252,7 @@ def _compare(options: argparse.Namespace) -> None:
         record.table("Single rows", CERTAIN, sure, part="problem")
         truth = compared.truth(runs, options.processes)
         found = {kind: [estimates(run, queries, compared.groups) for run in of] for kind, of in kinds.items()}
+        found["one run, left out"] = [compared.left_out(recorded[0])]
         agreed += agreements(entity, truth, found, queries)
         shown += effects(entity, truth, found, compared.groups)
         record.table("Agreement with retraining", AGREEMENT, agreed, part="problem")

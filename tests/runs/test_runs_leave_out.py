@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from replay_problems import TASK, N, dataset, mlp, queries, train
-from torch import nn
 from torch.nn import functional
 
 import finfluence as fi
@@ -129,6 +128,13 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     # a question about other epochs is another measurement
     kept.unlink()
     leave_out(run)
+    # and so is one of another training
+    content = json.loads(kept.read_text())
+    content["settings"]["end"] = "another"
+    kept.write_text(json.dumps(content))
+    taken.clear()
+    leave_out(run)
+    assert len(taken) == 45
     options = fi.ReplayOptions(measure_epochs="second-half")
     again = fi.replay(tmp_path / "run", TASK, mlp(), dataset=dataset(), queries=queries(), options=options)
     taken.clear()
@@ -196,6 +202,19 @@ def test_bad_input(tmp_path: Path, changes: dict[str, Any], error: Any, message:
         leave_out(run, **changes)
 
 
+def test_a_query_whose_adjoint_diverged_is_left_out(tmp_path: Path) -> None:
+    run = train(tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    manifest = json.loads(path.read_text())
+    manifest["replay"]["diverged"] = {"one": "the adjoint of 'one' diverged"}
+    path.write_text(json.dumps(manifest))
+    assert leave_out(run)["query"].unique().to_list() == ["several"]
+    manifest["replay"]["diverged"]["several"] = "so did this"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ReplayError, match="adjoints of all queries"):
+        leave_out(run)
+
+
 def test_runs_that_cannot_be_taken_again(tmp_path: Path) -> None:
     live = train(tmp_path / "live", sensitivity="live")
     with pytest.raises(InputError, match="no finished replay"):
@@ -209,7 +228,7 @@ def test_a_training_that_diverges_without_the_subset_says_so(tmp_path: Path) -> 
     class Explosive(fi.ClassificationTask):
         """Its losses are finite only as long as every batch has met row 3 in time."""
 
-        def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        def losses(self, model: Any, batch: Any) -> torch.Tensor:
             values = super().losses(model, batch)
             return values * torch.where(model[0].weight.detach().norm() > limit, torch.inf, 1.0)
 

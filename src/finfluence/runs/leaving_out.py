@@ -75,9 +75,10 @@ def leave_out(
         show_progress: "auto" shows a bar on a terminal's standard error; "never" is silent.
 
     Returns:
-        One row a query and subset: query, subset (or group), size, mu, se, ci_low, ci_high, p_value, q_value (over the
-        query's subsets), first_order (μ as `Run.influence` has it), measured_with and measured_without (the measurement
-        at the recorded end, and without the subset). μ > 0: the subset supports the measured behaviour.
+        One row a query (but those whose adjoint diverged) and subset: query, subset (or group), size, mu, se, ci_low,
+        ci_high, p_value, q_value (over the query's subsets), first_order (μ as `Run.influence` has it), measured_with
+        and measured_without (the measurement at the recorded end, and without the subset). μ > 0: the subset supports
+        the measured behaviour.
 
     Raises:
         InputError: neither subsets nor groups, or both; a subset that is empty, the whole set, or names unknown ids;
@@ -88,8 +89,12 @@ def leave_out(
     if (subsets is None) == (groups is None):
         raise InputError("give subsets, sample ids by name, or groups, a column of the sample table")
     run = open_run(directory)
-    if not run.manifest.get("replay", {}).get("finished"):
+    replayed = run.manifest.get("replay", {})
+    if not replayed.get("finished"):
         raise InputError(f"{run.directory} has no finished replay, which tells the unit of μ; replay it first")
+    scored = [query for query in run.queries if query not in replayed.get("diverged", {})]
+    if not scored:
+        raise ReplayError(f"the adjoints of all queries of {run.directory} diverged; replay it with other options")
     recording = Recording(open_folder(directory), run.manifest)
     recording.check_data(dataset, queries)
     named, key = (run.groups(groups), "group") if groups is not None else (subsets, "subset")
@@ -106,6 +111,7 @@ def leave_out(
     frames = [
         _frame(run, query, run.influence(query, subsets=named), packed=packed, before=before[k], after=after[:, k])
         for k, query in enumerate(run.queries)
+        if query in scored
     ]
     found = pl.concat(frames).rename({"subset": key})
     return attach(found, **metadata(frames[0]) | {"query": None})
@@ -124,7 +130,9 @@ class _Walk:
     def __init__(self, recording: Recording, engine: Engine, run: Run, *, queries: Mapping[str, Any]) -> None:
         self.recording, self.engine, self.queries = recording, engine, queries
         self.steps = engine.measured_steps(run.measured_epochs)
-        self._settings = {"epochs": list(run.measured_epochs), "queries": list(queries)}
+        # a loop that was taken up again, or another question, is another measurement
+        end = recording.states.digest(recording.cuts[-1])
+        self._settings = {"epochs": list(run.measured_epochs), "queries": list(queries), "end": end}
 
     def measure(self, packed: PackedSubsets, show: ShowProgress) -> tuple[np.ndarray, np.ndarray]:
         """(queries,) with all samples and (k, queries) without each subset, kept in the run's directory."""
@@ -160,10 +168,11 @@ class _Walk:
         recording = self.recording
         dtype = next(iter(self.engine.parameters.values())).dtype
         difference = recording.apart(self.engine.parameters, recording.cuts[-1])
-        if not difference <= recording.tolerance(dtype):
+        limit = recording.manifest["replay"]["options"].get("tolerance") or recording.tolerance(dtype)
+        if not difference <= limit:
             raise ReplayError(
                 f"with all samples the re-executed parameters end {difference:.1e} from the recorded ones (limit "
-                f"{recording.tolerance(dtype):.0e}): the data, the model, the task or the machine are not those of the "
+                f"{limit:.0e}): the data, the model, the task or the machine are not those of the "
                 "recording; finfluence.replay names the first step that differs"
             )
 

@@ -6,6 +6,7 @@ A file is written under a temporary name and renamed, so a killed run never leav
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -75,6 +76,11 @@ class StateStore:
             ) from None
         except Exception as error:  # safetensors raises its own and several built-in types
             raise StoreError(f"{self.directory.path(name)} is not a readable state ({error}); restore it") from error
+
+    def digest(self, step: int) -> str:
+        """A hash of the state stored before `step`, which tells one training's from another's."""
+        content = self.directory.read(f"{self.folder}/step-{step:09d}.safetensors")
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def keep_only(self, step: int) -> None:
         """Deletes the states of all other steps."""
