@@ -17,6 +17,7 @@ from finfluence.influence import (
 N, RNG = 40, np.random.default_rng(0)
 NOISE = Noise(variance=4.0, per_sample=np.full(N, 0.1), method="shuffled", note="made up")
 INDEX = SampleIndex(N)
+ONES = np.ones(2)
 PACKED = INDEX.pack({"few": [1, 5, 6], "many": list(range(20))})
 
 
@@ -37,18 +38,30 @@ def test_a_change_of_first_order_leaves_the_completed_estimate() -> None:
     change = -(N - 1) / (N - PACKED.sizes) * PACKED.sums(PLACED)
     first = TABLE.subsets({"few": [1, 5, 6], "many": list(range(20))})
     none = DerivativeError()
-    found = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change, error=none)
+    found = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change, sensitivity=ONES, error=none)
     np.testing.assert_allclose(found.mu, first["mu"])
     np.testing.assert_allclose(found.se, first["se"])
     # and whatever it is beside is counted in full, in the unit of μ
-    beyond = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change + unit, error=none)
+    beyond = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change + unit, sensitivity=ONES, error=none)
     np.testing.assert_allclose(beyond.mu, first["mu"].to_numpy() + 1)
+
+
+def test_the_unit_is_the_pooled_noise_of_both_trainings() -> None:
+    """A measurement that moves three times as much without a subset has three times the noise there."""
+    change, ratio = np.array([3.0, -8.0]), np.array([3.0, 0.5])
+    known = {"packed": PACKED, "change": change, "error": DerivativeError(path=1.0)}
+    same = finite_estimates(TABLE, totals(PLACED), sensitivity=ONES, **known)
+    found = finite_estimates(TABLE, totals(PLACED), sensitivity=ratio, **known)
+    growth = N / (N - PACKED.sizes)
+    expected = np.sqrt((1 + growth) / (1 + ratio**2 * growth))
+    np.testing.assert_allclose(found.mu / same.mu, expected)
+    np.testing.assert_allclose(found.se / same.se, expected)
 
 
 def test_errors_of_the_path_and_of_the_unit() -> None:
     change = np.array([3.0, -8.0])
     error = DerivativeError(path=2.0, joint=0.25)
-    found = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change, error=error)
+    found = finite_estimates(TABLE, totals(PLACED), packed=PACKED, change=change, sensitivity=ONES, error=error)
     along = subset_estimates(
         TABLE.totals, NOISE, packed=PACKED, removal=TABLE._removal, error=DerivativeError(path=2.0)
     )
@@ -60,4 +73,6 @@ def test_errors_of_the_path_and_of_the_unit() -> None:
 def test_a_table_without_noise_has_no_unit() -> None:
     bare = InfluenceTable(INDEX, totals(COMPLETED), estimator="tracin")
     with pytest.raises(InputError, match="units of the run's noise"):
-        finite_estimates(bare, totals(PLACED), packed=PACKED, change=np.zeros(2), error=DerivativeError())
+        finite_estimates(
+            bare, totals(PLACED), packed=PACKED, change=np.zeros(2), sensitivity=ONES, error=DerivativeError()
+        )

@@ -13,7 +13,13 @@ from finfluence.influence.totals import SampleTotals
 
 
 def finite_estimates(
-    table: InfluenceTable, batch: SampleTotals, *, packed: PackedSubsets, change: Floats, error: DerivativeError
+    table: InfluenceTable,
+    batch: SampleTotals,
+    *,
+    packed: PackedSubsets,
+    change: Floats,
+    sensitivity: Floats,
+    error: DerivativeError,
 ) -> Estimates:
     """Estimate μ of subsets from one training without each, on the recorded batches less the subset.
 
@@ -21,17 +27,18 @@ def finite_estimates(
     places in which it happened to put the subset. The latter is known to first order, the difference between the
     shift that the batches show and the completed one, and is exchanged (a control variate):
 
-        μ_S = (change_S − Δ_S of the batches + Δ_S completed) / σ
+        μ_S = (change_S − Δ_S of the batches + Δ_S completed) / σ_S
 
-    in the unit of `subset_estimates`. Its error is that of the completed shift, another path's (as a multiple of the
-    error of placement), and `error.joint` of μ, mostly for the unit: σ is the noise with all samples, and without many
-    of a kind it is another.
+    σ_S is the pooled noise of training with and without S. The noise of the parameters is taken as the same in both, so
+    that the measurement's goes like its gradient. The error is that of the completed shift, another path's (as a
+    multiple of the error of placement), and `error.joint` of μ, mostly for the unit.
 
     Args:
         table: of the run and the query, with its noise.
         batch: totals of the signals that batches had, with `table`'s samples.
         packed: k subsets of the table's samples.
         change: (k,) measurement without each subset less that with all samples, on the recorded path.
+        sensitivity: (k,) norm of the measurement's gradient without each subset over that with all samples.
         error: path and joint, see `DerivativeError`.
 
     Raises:
@@ -39,11 +46,12 @@ def finite_estimates(
     """
     if table.noise is None:
         raise InputError("a finite removal is measured in units of the run's noise; the table has none")
-    removal = Removal(table.budget, table.replacement)
+    removal, noise = Removal(table.budget, table.replacement), table.noise
     along = DerivativeError(path=error.path)
-    completed = subset_estimates(table.totals, table.noise, packed=packed, removal=removal, error=along)
-    placed = subset_estimates(batch, table.noise, packed=packed, removal=removal)
-    unit = table.noise.sigma * removal.noise_ratio(packed.sizes, table.totals, noise=table.noise)
-    mu = np.asarray(change, dtype=np.float64) / unit + completed.mu - placed.mu
-    shared = error.joint * np.abs(mu)
-    return replace(completed, mu=mu, se=np.hypot(completed.se, shared), null=completed.se, shared=shared)
+    completed = subset_estimates(table.totals, noise, packed=packed, removal=removal, error=along)
+    placed = subset_estimates(batch, noise, packed=packed, removal=removal)
+    same = removal.noise_ratio(packed.sizes, table.totals, noise=noise)
+    unit = removal.noise_ratio(packed.sizes, table.totals, noise=noise, sensitivity=sensitivity)
+    mu = (np.asarray(change, dtype=np.float64) / noise.sigma + (completed.mu - placed.mu) * same) / unit
+    own, shared = completed.se * same / unit, error.joint * np.abs(mu)
+    return replace(completed, mu=mu, se=np.hypot(own, shared), null=own, shared=shared)

@@ -46,17 +46,26 @@ class Removal:
             return np.ones(len(sizes))
         return (n if totals.centre == "batch" else n - 1) / (n - sizes)
 
-    def noise_ratio(self, sizes: Ints, totals: SampleTotals, *, noise: Noise) -> Floats:
+    def noise_ratio(
+        self, sizes: Ints, totals: SampleTotals, *, noise: Noise, sensitivity: Floats | float = 1.0
+    ) -> Floats:
         """Return the unit of μ over the noise σ of the run, (k,).
 
         μ counts in the pooled standard deviation of training with and without S. Under "exact" replacement and
         shuffling the latter has the same number of batches, each n/(n − s) times smaller, and so n/(n − s) times the
         variance; pooled, σ²·(1 + n/(n − s))/2. Draws with replacement keep the batch size, and their noise.
+
+        Args:
+            sizes: (k,) numbers of samples.
+            totals: of the n samples.
+            noise: of the run.
+            sensitivity: (k,) how much more the measurement without S moves with the parameters than with S, where that
+                is known: the noise without S is so many times larger.
         """
         shuffled = noise.method in ("shuffled", "successive")
-        if self.budget == "epochs" or self.replacement == "small" or not shuffled:
-            return np.ones(len(sizes))
-        return np.sqrt((1 + totals.n_samples / (totals.n_samples - sizes)) / 2)
+        smaller = self.budget == "steps" and self.replacement == "exact" and shuffled
+        growth = totals.n_samples / (totals.n_samples - sizes) if smaller else np.ones(len(sizes))
+        return np.sqrt((1 + np.square(sensitivity) * growth) / 2)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ each subset, whatever its size does. What it measures is put right for the path 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finfluence.errors import InputError, ReplayError
-from finfluence.gradients import evaluating
+from finfluence.gradients import evaluating, query_gradient
 from finfluence.influence import (
     DerivativeError,
     PackedSubsets,
@@ -103,13 +104,13 @@ def leave_out(
     walk = _Walk(recording, engine, run, queries=query_batches(queries, collate=collate, device=engine.device))
     try:
         with isolated_rng(engine.device):
-            before, after = walk.measure(packed, show_progress)
+            with_all, without = walk.measure(packed, show_progress)
     finally:
         engine.left_out = None
         restore_training_state(model, engine.optimizer, recording.states.load(recording.cuts[-1]))
         engine.optimizer.zero_grad(set_to_none=True)
     frames = [
-        _frame(run, query, run.influence(query, subsets=named), packed=packed, before=before[k], after=after[:, k])
+        _frame(run, query, run.influence(query, subsets=named), packed=packed, before=with_all[k], after=without[:, k])
         for k, query in enumerate(run.queries)
         if query in scored
     ]
@@ -135,7 +136,7 @@ class _Walk:
         self._settings = {"epochs": list(run.measured_epochs), "queries": list(queries), "end": end}
 
     def measure(self, packed: PackedSubsets, show: ShowProgress) -> tuple[np.ndarray, np.ndarray]:
-        """(queries,) with all samples and (k, queries) without each subset, kept in the run's directory."""
+        """What `_train` finds with all samples, and stacked without each subset; kept in the run's directory."""
         kept, n = self._kept(), self.recording.n
         arms = [make_arm(packed.codes_of(row)) for row in range(len(packed.names))]
         wanted = {arm.key: arm for arm in (make_arm(np.empty(0)), *arms) if arm.key not in kept}
@@ -149,20 +150,32 @@ class _Walk:
         return np.array(kept[BASE]), np.array([kept[arm.key] for arm in arms])
 
     def _train(self, left_out: np.ndarray | None, advance: Any) -> np.ndarray:
+        """(queries, 2) measurement and norm of its gradient, means over the measured steps."""
         engine, recording = self.engine, self.recording
         restore_training_state(engine.model, engine.optimizer, recording.states.load(recording.cuts[0]))
         engine.left_out = left_out
-        values = np.zeros(len(self.queries))
+        found = np.zeros((len(self.queries), 2))
         for batch in engine.batches():
             engine.step(batch)
             advance()
             if batch.step + 1 in self.steps:
-                with torch.no_grad(), evaluating(engine.model), engine.autocast():
-                    found = [float(measurement(engine.task, engine.model, query)) for query in self.queries.values()]
-                values += np.array(found) / len(self.steps)
+                found += np.array([self._look(query) for query in self.queries.values()]) / len(self.steps)
         if left_out is None:
             self._compare()
-        return values
+        return found
+
+    def _look(self, query: Any) -> tuple[float, float]:
+        """A query's measurement and the norm of its gradient, where the model is."""
+        engine = self.engine
+
+        def measure(model: nn.Module) -> Tensor:
+            with engine.autocast():
+                return measurement(engine.task, model, query)
+
+        gradient = query_gradient(engine.model, engine.parameters, measure).tensors.values()
+        with torch.no_grad(), evaluating(engine.model):
+            value = float(measure(engine.model))
+        return value, math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
 
     def _compare(self) -> None:
         recording = self.recording
@@ -176,7 +189,7 @@ class _Walk:
                 "recording; finfluence.replay names the first step that differs"
             )
 
-    def _kept(self) -> dict[str, list[float]]:
+    def _kept(self) -> dict[str, list[list[float]]]:
         folder = self.recording.folder
         if FILE not in folder.names():
             return {}
@@ -186,21 +199,35 @@ class _Walk:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder.path(FILE)} is damaged ({error}); delete it and measure again") from error
 
-    def _keep(self, measured: Mapping[str, list[float]]) -> None:
+    def _keep(self, measured: Mapping[str, list[list[float]]]) -> None:
         content = {"settings": self._settings, "measured": dict(measured)}
         self.recording.folder.write(FILE, json.dumps(content).encode())
 
 
 def _frame(
-    run: Run, query: str, first: pl.DataFrame, *, packed: PackedSubsets, before: float, after: np.ndarray
+    run: Run, query: str, first: pl.DataFrame, *, packed: PackedSubsets, before: np.ndarray, after: np.ndarray
 ) -> pl.DataFrame:
-    """One query's rows; `first` is what first order says of the same subsets."""
+    """One query's rows.
+
+    Args:
+        run: the run.
+        query: the query.
+        first: what first order says of the same subsets.
+        packed: k subsets.
+        before: (2,) measurement and norm of its gradient with all samples.
+        after: (k, 2) without each subset.
+    """
     table = influence_table(run.store, query, table="signals", estimator="gaussian", budget=None)
     totals = batch_totals(run.store, query, "signals")
-    found = finite_estimates(table, totals, packed=packed, change=after - before, error=FINITE_ERROR)
+    found = finite_estimates(table, totals, packed=packed, **_moved(before, after), error=FINITE_ERROR)
     estimates = pl.DataFrame(report(found.mu, found.se, null=found.null))
     frame = first.select(pl.lit(query).alias("query"), "subset", "size", first_order="mu")
     frame = pl.concat([frame, estimates], how="horizontal").with_columns(
-        measured_with=pl.lit(before), measured_without=pl.Series(after)
+        measured_with=pl.lit(before[0]), measured_without=pl.Series(after[:, 0])
     )
     return attach(frame.select(pl.exclude(*_LAST), *_LAST), **metadata(first) | {"estimator": "finite removal"})
+
+
+def _moved(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+    """Change of the measurement, and how many times more it moves with the parameters."""
+    return {"change": after[:, 0] - before[0], "sensitivity": after[:, 1] / before[1]}
