@@ -100,7 +100,7 @@ def test_groups_are_left_out_along_the_recorded_path(demo: tuple[Path, str], tmp
     assert [float(line.split(",")[2]) for line in csv.stdout.splitlines()[1:]] == pytest.approx(expected["mu"])
     table = finfluence("score", directory, "--group", "label", "--leave-out").stdout
     assert "each left out along the recorded path" in table
-    assert "Verify before you do" not in table
+    assert "Leave them out along" not in table
     for words, message in (
         ([directory, "--leave-out"], "for groups"),
         ([directory, directory, "--group", "label", "--leave-out"], "given twice"),

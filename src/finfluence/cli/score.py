@@ -88,7 +88,8 @@ def score(
     Several runs of one training under other seeds are averaged, and the standard error holds what they differ by.
 
     Example: finfluence score runs/demo --query validation --group label
-    Another: finfluence score runs/demo --group label --leave-out
+
+    Example: finfluence score runs/demo --group label --leave-out
     """
     if format not in ("table", "csv", "json", "parquet"):
         raise InputError(f"unknown format {format!r}; choose table, csv, json or parquet")

@@ -55,7 +55,8 @@ def train(
     """Fine-tune a language model and record which examples move it.
 
     Example: finfluence train recipes/smollm2-135m-lora.yaml --output runs/a --dry-run
-    Another: finfluence train recipes/smollm2-135m-lora.yaml --output runs/lm --seeds 1,2,3
+
+    Example: finfluence train recipes/smollm2-135m-lora.yaml --output runs/lm --seeds 1,2,3
     """
     from finfluence.integrations.models import quiet_loading, require_transformers
 

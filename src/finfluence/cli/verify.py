@@ -54,8 +54,10 @@ def verify(
     """Retrain with and without a subset and print predicted mu beside measured mu, both with intervals.
 
     Example: finfluence verify runs/demo --flagged --precision 0.8
-    Another: finfluence verify runs/demo --curve 10,50,recommended --runs 16
-    Another: finfluence verify runs/demo --group label --runs 8
+
+    Example: finfluence verify runs/demo --curve 10,50,recommended --runs 16
+
+    Example: finfluence verify runs/demo --group label --runs 8
     """
     from finfluence.runs import open_runs
     from finfluence.tradeoff import SIGN_CONVENTION

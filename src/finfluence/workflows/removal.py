@@ -338,8 +338,8 @@ def large_groups_note(frame: pl.DataFrame, n: int) -> str | None:
     each = "" if len(large) == 1 else " each"
     return (
         f"More than {100 * LARGE_CUT:.0f} % of the data{each}: {names}. There μ adds up what leaving out every sample "
-        "by itself would do; leaving out a whole kind of them can do far more, or the opposite. Verify before you do "
-        "(`finfluence verify RUN --group COLUMN`, `run.verify_groups`)."
+        "by itself would do; leaving out a whole kind of them can do far more, or the opposite. Leave them out along "
+        "the recorded path (`score --group COLUMN --leave-out`, one training each) or verify (`verify --group COLUMN`)."
     )
 
 
