@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 def estimates(setting: Setting, data: Data, run: fi.Run, queries: list[str]) -> dict[str, np.ndarray]:
-    """Of every query and subset, (queries, subsets) each: μ and its error, left out and to first order; σ of μ."""
+    """Of every query and subset, (queries, subsets) each: μ, its error and its unit, left out and to first order."""
     left = fi.leave_out(
         run.directory,
         fi.ClassificationTask(),
@@ -51,13 +51,14 @@ def estimates(setting: Setting, data: Data, run: fi.Run, queries: list[str]) -> 
     )
     first = {query: run.influence(query, subsets=data.subsets) for query in queries}
     f = np.array([len(ids) for ids in data.subsets.values()]) / len(data.dataset)
-    return {
-        "mu": np.array([left.filter(query=query)["mu"].to_numpy() for query in queries]),
-        "se": np.array([left.filter(query=query)["se"].to_numpy() for query in queries]),
+    found = {
+        key: np.array([left.filter(query=query)[key].to_numpy() for query in queries]) for key in ("mu", "se", "unit")
+    }
+    return found | {
         "mu_first": np.array([frame["mu"].to_numpy() for frame in first.values()]),
         "se_first": np.array([frame["se"].to_numpy() for frame in first.values()]),
-        # μ counts in the pooled noise of both arms, see `Removal.noise_ratio`
-        "unit": np.array([metadata(frame)["sigma"] * np.sqrt((1 + 1 / (1 - f)) / 2) for frame in first.values()]),
+        # to first order the noise without a subset is that of smaller batches, see `Removal.noise_ratio`
+        "unit_first": np.array([metadata(frame)["sigma"] * np.sqrt((1 + 1 / (1 - f)) / 2) for frame in first.values()]),
     }
 
 
@@ -71,7 +72,7 @@ def compared(found: dict[str, np.ndarray], truth: fi.Truth, queries: list[str], 
     for kind in ("", "_first"):
         mu = found[f"mu{kind}"]
         agreed = agreement(mu, measured, ceiling=top, estimated_se=found[f"se{kind}"], truth_se=error)
-        shift = mu * found["unit"] / sigma
+        shift = mu * found[f"unit{kind}"] / sigma
         figures |= {
             f"rank{kind}": agreed.spearman,
             f"slope{kind}": agreed.slope,

@@ -121,7 +121,7 @@ def score(
         print(f"{blank} samples have no {group!r} and are in no group.", file=sys.stderr)
     order = "relative" if relative else "mu"
     if leave_out:
-        frame = frame.drop("se", "p_value", "measured_with")
+        frame = frame.drop("se", "p_value", "unit", "measured_with")
     if relative:
         frame = frame.select("sample", "relative", pl.exclude("sample", "relative"))
     ordered = frame.sort(order, descending=effect == "supporting", nulls_last=True)

@@ -26,6 +26,7 @@ from finfluence.influence import (
     SampleIndex,
     attach,
     finite_estimates,
+    finite_units,
     metadata,
     report,
 )
@@ -41,7 +42,7 @@ from finfluence.runs.tasks import Task, measurement
 from finfluence.signals import open_folder
 
 FILE = "left_out.json"
-_LAST = ("first_order", "measured_with", "measured_without")
+_LAST = ("unit", "first_order", "measured_with", "measured_without")
 # Of the estimate's error beside placement, set by hand against retraining: see the benchmarks' section on leaving out.
 FINITE_ERROR = DerivativeError(path=3.0, joint=0.2)
 
@@ -77,9 +78,9 @@ def leave_out(
 
     Returns:
         One row a query (but those whose adjoint diverged) and subset: query, subset (or group), size, mu, se, ci_low,
-        ci_high, p_value, q_value (over the query's subsets), first_order (μ as `Run.influence` has it), measured_with
-        and measured_without (the measurement at the recorded end, and without the subset). μ > 0: the subset supports
-        the measured behaviour.
+        ci_high, p_value, q_value (over the query's subsets), unit (of μ: the pooled noise, in the measurement's unit),
+        first_order (μ as `Run.influence` has it), measured_with and measured_without (the measurement at the recorded
+        end, and without the subset). μ > 0: the subset supports the measured behaviour.
 
     Raises:
         InputError: neither subsets nor groups, or both; a subset that is empty, the whole set, or names unknown ids;
@@ -219,15 +220,14 @@ def _frame(
     """
     table = influence_table(run.store, query, table="signals", estimator="gaussian", budget=None)
     totals = batch_totals(run.store, query, "signals")
-    found = finite_estimates(table, totals, packed=packed, **_moved(before, after), error=FINITE_ERROR)
+    # how many times more the measurement moves with the parameters
+    moved = {"packed": packed, "sensitivity": after[:, 1] / before[1]}
+    found = finite_estimates(table, totals, change=after[:, 0] - before[0], **moved, error=FINITE_ERROR)
     estimates = pl.DataFrame(report(found.mu, found.se, null=found.null))
     frame = first.select(pl.lit(query).alias("query"), "subset", "size", first_order="mu")
     frame = pl.concat([frame, estimates], how="horizontal").with_columns(
-        measured_with=pl.lit(before[0]), measured_without=pl.Series(after[:, 0])
+        unit=pl.Series(finite_units(table, **moved)),
+        measured_with=pl.lit(before[0]),
+        measured_without=pl.Series(after[:, 0]),
     )
     return attach(frame.select(pl.exclude(*_LAST), *_LAST), **metadata(first) | {"estimator": "finite removal"})
-
-
-def _moved(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-    """Change of the measurement, and how many times more it moves with the parameters."""
-    return {"change": after[:, 0] - before[0], "sensitivity": after[:, 1] / before[1]}
