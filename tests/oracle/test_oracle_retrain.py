@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,16 @@ def test_pairs_differ_less_than_trainings_do(tmp_path: Any) -> None:
     assert ((tight["mu"] - wide["mu"]).abs() < 4 * (tight["se"] ** 2 + wide["se"] ** 2).sqrt()).all()
     with pytest.raises(OracleError, match="orders = 'paired', now it is 'independent'"):
         experiment(tmp_path / "paired", orders="independent", optimizer=SGD(lr=0.05), epochs=8)
+    # what an earlier version began goes on with independent orders
+    path = tmp_path / "independent" / "truth.json"
+    content = json.loads(path.read_text())
+    del content["experiment"]["orders"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(OracleError, match="orders = 'independent', now it is 'paired'"):
+        experiment(tmp_path / "independent", optimizer=SGD(lr=0.05), epochs=8)
+    assert not open_truth(tmp_path / "independent").paired
+    with experiment(tmp_path / "independent", orders="independent", optimizer=SGD(lr=0.05), epochs=8) as work:
+        assert work.extend(97).runs(None) == 97
     with pytest.raises(InputError, match="unknown orders 'mixed'"):
         experiment(tmp_path / "mixed", orders="mixed")
 

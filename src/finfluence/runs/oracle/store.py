@@ -106,7 +106,9 @@ class TruthStore:
         found = self.manifest()
         known = {} if found is None else dict(found["subsets"])
         if found is not None:
-            for field, stored, wanted in _differences(found["experiment"], experiment):
+            # experiments of before this was a choice had independent orders
+            earlier = {"orders": "independent"} | found["experiment"]
+            for field, stored, wanted in _differences(earlier, experiment):
                 raise OracleError(
                     f"{self.folder.display} was made with {field} = {stored!r}, now it is {wanted!r}; "
                     "use another directory or the same settings"
