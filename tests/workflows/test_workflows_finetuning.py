@@ -144,6 +144,17 @@ def test_difference_products_replay_like_exact_ones(world: Path, run: Run) -> No
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
+def test_a_source_is_left_out_along_the_recorded_path(world: Path, run: Run) -> None:
+    """With the model, the data and the queries that the run's own configuration gives; functions are queries, too."""
+    frame = run.leave_out(groups="source")
+    assert frame["query"].unique(maintain_order=True).to_list() == list(run.queries)
+    assert frame["group"].unique(maintain_order=True).to_list() == sorted(run.samples()["source"].unique())
+    assert frame["mu"].is_finite().all()
+    assert (frame["unit"] > 0).all()
+    assert (frame["measured_with"] != frame["measured_without"]).all()
+    assert (world / "run/left_out.json").is_file()
+
+
 def test_the_recipe_retrains_and_notices_other_data(world: Path, run: Run, tmp_path: Path) -> None:
     recipe = load_recipe(run.manifest["recipe"])
     assert recipe.executor == "processes"
