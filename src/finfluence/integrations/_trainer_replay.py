@@ -243,6 +243,13 @@ class TrainerReplays(abc.ABC):
             groups: or a column of the sample table.
             task: the rows' losses.
             show_progress: "auto" or "never".
+
+        Returns:
+            One row a query and subset (or group), as of `finfluence.leave_out`.
+
+        Raises:
+            InputError: a run that is not replayed, or what `finfluence.leave_out` refuses.
+            ReplayError: the run's steps come out otherwise than recorded.
         """
         again = self._recorded(trainer, task)
         with plain_forward(trainer.model):

@@ -233,6 +233,13 @@ class InfluenceCallback(Callback):
             dataset: of the training loader.
             collate: makes a batch.
             show_progress: "auto" or "never".
+
+        Returns:
+            One row a query and subset (or group), as of `finfluence.leave_out`.
+
+        Raises:
+            InputError: a run that is not replayed, or what `finfluence.leave_out` refuses.
+            ReplayError: the run's steps come out otherwise than recorded.
         """
         again = self._recorded(module, task, dataset, collate)
         return leave_out(self.directory, **again, subsets=subsets, groups=groups, show_progress=show_progress)

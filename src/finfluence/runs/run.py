@@ -253,6 +253,9 @@ class Run:
         Args:
             subsets: sample ids by name.
             groups: or a column of the sample table.
+
+        Raises:
+            InputError: the run carries no recipe, or is a loop of the user's own; see `finfluence.leave_out`.
         """
         from finfluence.workflows._retrained import left_out
 
