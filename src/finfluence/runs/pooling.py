@@ -6,8 +6,7 @@ import html
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,17 +14,14 @@ import polars as pl
 from finfluence.errors import FinfluenceWarning, InputError
 from finfluence.influence import Alternative, Correction, Reporting, aligned, attach, metadata
 from finfluence.influence import pool as pool_frames
+from finfluence.runs._facade import Facade
 from finfluence.runs.estimates import Shifts
 from finfluence.runs.run import Run, open_run
 from finfluence.signals import SELF
 from finfluence.tradeoff import SIGN_CONVENTION
 
-if TYPE_CHECKING:
-    from finfluence.workflows.cleaning import Cleaning
-    from finfluence.workflows.verification import Verification
 
-
-class PooledRuns:
+class PooledRuns(Facade):
     """Runs (seeds) of one training, with influence averaged over them.
 
     A single run's μ is conditional on its initialisation and its batch order; what is chosen by it, another run may not
@@ -139,36 +135,6 @@ class PooledRuns:
         """
         frames = [run.influence(query, **options) for run in self.runs]
         return frames if query == SELF else _in_common_unit(frames)
-
-    def clean(self, query: str, **options: Any) -> Cleaning:
-        """Chooses rows to leave out and predicts what that does; as `Run.clean`."""
-        from finfluence.workflows.cleaning import clean
-
-        return clean(self, query, **options)
-
-    def verify(self, ids: Any, **options: Any) -> Verification:
-        """Retrains the first run's training with and without some samples; as `Run.verify`, predicted by all runs."""
-        from finfluence.workflows.verification import verify
-
-        *_, last = verify(self, ids, **options)
-        return last
-
-    def verify_groups(self, column: str, **options: Any) -> list[Verification]:
-        """As `Run.verify_groups`, of the first run's training, predicted by all runs."""
-        from finfluence.workflows.verification import verify_groups
-
-        return verify_groups(self, column, **options)
-
-    def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
-        """Writes the runs' report, one HTML file with what they say together and each by itself.
-
-        Args:
-            path: where to; report.html in the folder that holds the runs by default.
-            query: the one to show; all of them by default.
-        """
-        from finfluence.workflows.report import write_report
-
-        return write_report(self, path, query=query)
 
     def __repr__(self) -> str:
         return f"PooledRuns({len(self.runs)} runs: {self.directory}; queries {', '.join(self.queries)})"

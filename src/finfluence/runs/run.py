@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -29,19 +29,15 @@ from finfluence.influence import (
     watched_frame,
 )
 from finfluence.runs._adjoints import read_adjoints
+from finfluence.runs._facade import Facade
 from finfluence.runs.estimates import Shifts, influence_table
 from finfluence.signals import SELF, SignalArrays, SignalStore, SignalTable, arrays, open_folder
 from finfluence.tradeoff import SIGN_CONVENTION
 
-if TYPE_CHECKING:
-    # the façade's results live above this floor; see the methods, which import them when they are called
-    from finfluence.workflows.cleaning import Cleaning
-    from finfluence.workflows.verification import Verification
-
 RunEstimator = Literal["gaussian", "tracin", "max", "median", "two-stage-gaussian", "clopper-pearson"]
 
 
-class Run:
+class Run(Facade):
     """A recorded run, read from its directory.
 
     Attributes:
@@ -212,41 +208,6 @@ class Run:
             return attach(frame, **metadata(frame), measured_epochs=list(self.measured_epochs))
         return frame
 
-    def clean(self, query: str, **options: Any) -> Cleaning:
-        """Chooses rows to leave out and predicts what that does; `.write(path)` writes the data without them.
-
-        Args:
-            query: name of a recorded query.
-            **options: effect ("harmful" or "supporting"), and one of fdr, top or budget; group, correction, data: see
-                `finfluence.workflows.clean`.
-        """
-        from finfluence.workflows.cleaning import clean
-
-        return clean(self, query, **options)
-
-    def verify(self, ids: Any, **options: Any) -> Verification:
-        """Retrains with and without some samples and puts measured μ beside predicted μ.
-
-        Args:
-            ids: sample ids, or what `clean` returned.
-            **options: query, runs, precision, executor, recipe: see `finfluence.workflows.verify`.
-        """
-        from finfluence.workflows.verification import verify
-
-        *_, last = verify(self, ids, **options)
-        return last
-
-    def verify_groups(self, column: str, **options: Any) -> list[Verification]:
-        """Retrains with all samples and without each group of a column: measured μ beside predicted μ of every group.
-
-        Args:
-            column: of the sample table.
-            **options: query, runs, precision, executor, recipe: see `finfluence.workflows.verify`.
-        """
-        from finfluence.workflows.verification import verify_groups
-
-        return verify_groups(self, column, **options)
-
     def leave_out(self, *, subsets: Mapping[Any, Any] | None = None, groups: str | None = None) -> pl.DataFrame:
         """Influence of subsets or groups by training along the recorded path without each: see `finfluence.leave_out`.
 
@@ -260,17 +221,6 @@ class Run:
         from finfluence.workflows._retrained import left_out
 
         return left_out(self, subsets=subsets, groups=groups)
-
-    def report(self, path: str | os.PathLike[str] | None = None, *, query: str | None = None) -> Path:
-        """Writes the run's report, one HTML file that opens anywhere.
-
-        Args:
-            path: where to; report.html in the run's directory by default.
-            query: the one to show; all of them by default.
-        """
-        from finfluence.workflows.report import write_report
-
-        return write_report(self, path, query=query)
 
     def _signal_table(self, sensitivity: str) -> SignalTable:
         if sensitivity not in ("run", "live"):
