@@ -104,6 +104,8 @@ def test_groups_are_left_out_along_the_recorded_path(demo: tuple[Path, str], tmp
     for words, message in (
         ([directory, "--leave-out"], "for groups"),
         ([directory, directory, "--group", "label", "--leave-out"], "given twice"),
+        ([directory, "--group", "label", "--leave-out", "--relative"], "takes no --relative"),
+        ([directory, "--group", "label", "--leave-out", "--estimator", "max"], "takes no --relative"),
     ):
         done = finfluence("score", *words)
         assert done.returncode == 2

@@ -102,6 +102,8 @@ def score(
     subsets = None if subset is None else {subset.stem: read_ids(subset, opened)}
     options: dict[str, Any] = {"subsets": subsets, "groups": group, "relative": relative}
     if leave_out:
+        if relative or estimator != "gaussian" or sensitivity != "run":
+            raise InputError("--leave-out measures μ itself; it takes no --relative, --estimator or --sensitivity")
         frame = _left_out(opened, name, subsets, group)
     elif isinstance(opened, PooledRuns):
         if estimator != "gaussian" or sensitivity != "run":

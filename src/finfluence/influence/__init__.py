@@ -15,7 +15,7 @@ from finfluence.influence.consistency import (
     variation,
 )
 from finfluence.influence.detection import Detection, detection
-from finfluence.influence.finite import finite_estimates, finite_units
+from finfluence.influence.finite import finite_estimates
 from finfluence.influence.grid import Panel, Positions, ShuffledEpochs
 from finfluence.influence.kriging import kriged
 from finfluence.influence.metadata import attach, metadata
@@ -87,7 +87,6 @@ __all__ = [
     "coverage",
     "detection",
     "finite_estimates",
-    "finite_units",
     "joint_recall",
     "kriged",
     "mean_over_pairs",

@@ -49,27 +49,10 @@ def finite_estimates(
     removal, noise = Removal(table.budget, table.replacement), table.noise
     along = DerivativeError(path=error.path)
     completed = subset_estimates(table.totals, noise, packed=packed, removal=removal, error=along)
+    assert completed.unit is not None
     placed = subset_estimates(batch, noise, packed=packed, removal=removal)
-    same = noise.sigma * removal.noise_ratio(packed.sizes, table.totals, noise=noise)
-    unit = finite_units(table, packed=packed, sensitivity=sensitivity)
-    mu = (np.asarray(change, dtype=np.float64) + (completed.mu - placed.mu) * same) / unit
-    own, shared = completed.se * same / unit, error.joint * np.abs(mu)
-    return replace(completed, mu=mu, se=np.hypot(own, shared), null=own, shared=shared)
-
-
-def finite_units(table: InfluenceTable, *, packed: PackedSubsets, sensitivity: Floats) -> Floats:
-    """Return σ_S of `finite_estimates`, (k,), in units of the measurement.
-
-    Args:
-        table: of the run and the query, with its noise.
-        packed: k subsets of the table's samples.
-        sensitivity: (k,) see `finite_estimates`.
-
-    Raises:
-        InputError: the table has no noise.
-    """
-    if table.noise is None:
-        raise InputError("a finite removal is measured in units of the run's noise; the table has none")
-    removal = Removal(table.budget, table.replacement)
-    ratio = removal.noise_ratio(packed.sizes, table.totals, noise=table.noise, sensitivity=sensitivity)
-    return table.noise.sigma * ratio
+    ratio = removal.noise_ratio(packed.sizes, table.totals, noise=noise, sensitivity=sensitivity)
+    unit = noise.sigma * ratio
+    mu = (np.asarray(change, dtype=np.float64) + (completed.mu - placed.mu) * completed.unit) / unit
+    own, shared = completed.se * completed.unit / unit, error.joint * np.abs(mu)
+    return replace(completed, mu=mu, se=np.hypot(own, shared), null=own, shared=shared, unit=unit)

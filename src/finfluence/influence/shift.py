@@ -118,6 +118,7 @@ class Estimates:
         size: (k,) numbers of samples.
         null: (k,) standard errors where μ is 0, for tests of that: without what is relative to μ. None: `se`.
         shared: (k,) the part of `se` that other runs of the training have in common with this one. None: nothing.
+        unit: (k,) what μ counts in, in units of the measurement. None: not known.
     """
 
     mu: Floats
@@ -125,6 +126,7 @@ class Estimates:
     size: Ints
     null: Floats | None = None
     shared: Floats | None = None
+    unit: Floats | None = None
 
 
 def sample_estimates(
@@ -206,10 +208,10 @@ def subset_estimates(
     along = _placement(totals, noise, packed=packed, steps=steps) if known is None else packed.sums(known)
     path = _placement(totals, noise.on_own_course(), packed=packed, steps=steps) if error.path else 0.0
     variance = factor**2 * (along + error.path**2 * path)
-    unit = removal.noise_ratio(packed.sizes, totals, noise=noise)
-    mu = shift / (sigma * unit)
-    own = variance / (noise.variance * unit**2) + (mu * noise.relative_error / 2) ** 2
-    each = (error.each * factor / (sigma * unit)) ** 2 * _squares(totals, packed, steps=steps)
+    unit = sigma * removal.noise_ratio(packed.sizes, totals, noise=noise)
+    mu = shift / unit
+    own = variance / unit**2 + (mu * noise.relative_error / 2) ** 2
+    each = (error.each * factor / unit) ** 2 * _squares(totals, packed, steps=steps)
     relative = (error.joint * mu) ** 2
     scale = (totals.common_error * mu) ** 2 if steps else 0.0
     return Estimates(
@@ -218,6 +220,7 @@ def subset_estimates(
         packed.sizes,
         null=np.sqrt(own + np.where(packed.sizes > 1, each, 0.0)),
         shared=np.sqrt(each + relative),
+        unit=unit,
     )
 
 

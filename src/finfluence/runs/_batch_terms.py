@@ -164,9 +164,8 @@ class DifferenceTerms:
                 self.hooks.backward(loss())
                 at_theta = gradient
             else:
-                engine.place(
-                    self.layout.unflatten(theta)
-                )  # the differences of the micro-batch before have left the model
+                # the differences of the micro-batch before have left the model elsewhere
+                engine.place(self.layout.unflatten(theta))
                 at_theta = self.layout.flatten(differentiated(loss()))
         after = random_state(engine.device)
         smooth = self.kinks if kinks.found else 0.0

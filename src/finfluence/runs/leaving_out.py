@@ -26,7 +26,6 @@ from finfluence.influence import (
     SampleIndex,
     attach,
     finite_estimates,
-    finite_units,
     metadata,
     report,
 )
@@ -34,7 +33,7 @@ from finfluence.runs._progress import ShowProgress, progress
 from finfluence.runs._recording import Recording
 from finfluence.runs.data import Collate, query_batches
 from finfluence.runs.engine import Engine, isolated_rng
-from finfluence.runs.estimates import batch_totals, influence_table
+from finfluence.runs.estimates import batch_totals
 from finfluence.runs.oracle.arms import BASE, make_arm
 from finfluence.runs.run import Run, open_run
 from finfluence.runs.states import restore_training_state
@@ -218,15 +217,18 @@ def _frame(
         before: (2,) measurement and norm of its gradient with all samples.
         after: (k, 2) without each subset.
     """
-    table = influence_table(run.store, query, table="signals", estimator="gaussian", budget=None)
-    totals = batch_totals(run.store, query, "signals")
-    # how many times more the measurement moves with the parameters
-    moved = {"packed": packed, "sensitivity": after[:, 1] / before[1]}
-    found = finite_estimates(table, totals, change=after[:, 0] - before[0], **moved, error=FINITE_ERROR)
+    found = finite_estimates(
+        run.table(query),
+        batch_totals(run.store, query, "signals"),
+        packed=packed,
+        change=after[:, 0] - before[0],
+        sensitivity=after[:, 1] / before[1],
+        error=FINITE_ERROR,
+    )
     estimates = pl.DataFrame(report(found.mu, found.se, null=found.null))
     frame = first.select(pl.lit(query).alias("query"), "subset", "size", first_order="mu")
     frame = pl.concat([frame, estimates], how="horizontal").with_columns(
-        unit=pl.Series(finite_units(table, **moved)),
+        unit=pl.Series(found.unit),
         measured_with=pl.lit(before[0]),
         measured_without=pl.Series(after[:, 0]),
     )

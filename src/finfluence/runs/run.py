@@ -17,6 +17,7 @@ from finfluence.influence import (
     Alternative,
     Budget,
     Correction,
+    InfluenceTable,
     Reporting,
     SampleIndex,
     attach,
@@ -239,6 +240,10 @@ class Run(Facade):
                 f"{self.directory} has no live signals beside its replay; record it with sensitivity='both'"
             )
         return "live"
+
+    def table(self, query: str) -> InfluenceTable:
+        """What `influence` reads of the run's own signals by default, made once: totals and noise of a query."""
+        return self._table(query, "signals", "gaussian", None, shifts="kriged")
 
     def _table(
         self,

@@ -119,13 +119,12 @@ class Sampler:
         whole = own if population is None else population
         steps = self.steps_per_epoch(whole, batch_size)
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, _ORDER_STREAM, epoch])))
-        inside = np.ones(n, dtype=bool)
-        if kept is not None:
-            inside = np.zeros(n, dtype=bool)
-            inside[kept] = True
+        inside = np.zeros(n, dtype=bool)
+        inside[slice(None) if kept is None else kept] = True
         if self.kind == "shuffled":
             order = generator.permutation(n)
-            order = order[inside[order]]
+            if kept is not None:
+                order = order[inside[order]]
             cuts = self.boundaries(own, batch_size, population=population)
             return [order[start:stop] for start, stop in itertools.pairwise(cuts)]
         if self.kind == "with-replacement":

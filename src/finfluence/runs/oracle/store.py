@@ -87,6 +87,8 @@ class TruthStore:
             raise OracleError(
                 f"{self.folder.path(FILE)} has format version {version!r}, this finfluence reads {FORMAT_VERSION}"
             )
+        # experiments of before this was a choice had independent orders
+        manifest["experiment"] = {"orders": "independent"} | manifest["experiment"]
         return manifest
 
     def begin(self, experiment: Mapping[str, Any], subsets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -106,9 +108,7 @@ class TruthStore:
         found = self.manifest()
         known = {} if found is None else dict(found["subsets"])
         if found is not None:
-            # experiments of before this was a choice had independent orders
-            earlier = {"orders": "independent"} | found["experiment"]
-            for field, stored, wanted in _differences(earlier, experiment):
+            for field, stored, wanted in _differences(found["experiment"], experiment):
                 raise OracleError(
                     f"{self.folder.display} was made with {field} = {stored!r}, now it is {wanted!r}; "
                     "use another directory or the same settings"

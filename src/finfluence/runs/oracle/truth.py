@@ -83,8 +83,7 @@ class Truth:
         self.epochs: list[float] = list(self.experiment["measured_epochs"])
         self.subsets: dict[str, np.ndarray] = {name: np.asarray(s["ids"]) for name, s in manifest["subsets"].items()}
         self._arms = {name: str(s["arm"]) for name, s in manifest["subsets"].items()}
-        # experiments of before this was a choice had independent orders
-        self.paired = self.experiment.get("orders", "independent") == "paired"
+        self.paired = self.experiment["orders"] == "paired"
         self._trainings = trainings
         self._values: dict[tuple[str, float | str], _Arm] = {}
 
@@ -149,7 +148,7 @@ class Truth:
             level=level,
             unit="standard deviations over retrainings",
             budget=self.experiment["budget"],
-            orders="paired" if self.paired else "independent",
+            orders=self.experiment["orders"],
             epoch=self._epoch(epoch),
             condition=(
                 "conditional on the initialisation"
