@@ -1,6 +1,6 @@
 """Subsets left out along the recorded path, one training each, beside first order: both against retraining.
 
-    python -m benchmarks left_out                               # nine settings of `calibration`: half an hour on two cores
+    python -m benchmarks left_out  # nine settings of `calibration`: half an hour on two cores
     python -m benchmarks left_out --settings tanh-sgd-coherent
     python -m benchmarks left_out --quick
 
